@@ -1,0 +1,1 @@
+"""The library under the stages: importing it runs nothing."""

@@ -1,0 +1,328 @@
+"""What can be set: one dataclass a stage, filled from a YAML file and the command line.
+
+`parse(SFTArguments)` reads `--config file.yaml` first and `--field value` after it, so that the command line wins.
+Both go through the same checks: an unknown name is an error that names the nearest one, a value of the wrong type is
+an error that names the field and where it was set. The text under each field is what `--help` prints.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+import yaml
+
+from pipeline.errors import UserError
+from pipeline.ppo_config import PPOConfig
+
+Precision = Literal["auto", "bf16", "no"]
+
+
+@dataclass
+class StageArguments:
+    """Fields that every stage has."""
+
+    preset: str = "stories"
+    """Name of the recipe, for the report."""
+    run_dir: str = "runs/stories"
+    """Folder of the whole run; `{run_dir}` in any other field stands for it."""
+    output_dir: str = "{run_dir}/stage"
+    """Folder that this stage writes: the model (or data), metrics.jsonl, stage.json, checkpoints/."""
+    seed: int = 0
+    """Seed of everything random in this stage: data, initial weights, order, sampling."""
+
+
+@dataclass
+class TrainingFields(StageArguments):
+    """Fields of the stages that train with transformers' Trainer (pretrain, sft, reward); names are TrainingArguments'."""
+
+    max_steps: int = 1000
+    """Optimizer steps."""
+    per_device_train_batch_size: int = 32
+    """Rows in one forward pass on one device."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes summed into one optimizer step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    """Course of the learning rate after the warm-up; cosine and linear end at 0."""
+    warmup_steps: int = 50
+    """Steps over which the learning rate rises from 0."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of AdamW (Loshchilov & Hutter 2019); not on norms and biases."""
+    adam_beta2: float = 0.95
+    """Second-moment decay of AdamW; 0.95 adapts faster than 0.999 in short runs (GPT-3)."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    mixed_precision: Precision = "auto"
+    """bf16: matrix products in bfloat16, weights in fp32; auto: bf16 where the GPU or CPU has it in hardware."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third slower."""
+    logging_steps: int = 20
+    """Steps between two lines of metrics."""
+    eval_steps: int = 200
+    """Steps between two evaluations on held-out data."""
+    save_steps: int = 200
+    """Steps between two checkpoints; a killed stage goes on from the last one."""
+
+
+@dataclass
+class TokenizerArguments(StageArguments):
+    """Train a byte-level BPE tokenizer."""
+
+    output_dir: str = "{run_dir}/tokenizer"
+    """Folder of the tokenizer (tokenizer.json and its configuration, opened by AutoTokenizer)."""
+    dataset: str = "stories"
+    """Text to learn merges from: generator (stories, reviews), file, folder or hub name."""
+    max_bytes: int = 2_000_000
+    """Bytes of text to read; merges settle long before a corpus ends."""
+    vocab_size: int = 2048
+    """Entries, special tokens and the 256 bytes included."""
+
+
+@dataclass
+class PretrainArguments(TrainingFields):
+    """Pretrain a GPT from random weights on packed documents."""
+
+    output_dir: str = "{run_dir}/pretrain"
+    """Folder of the pretrained model."""
+    dataset: str = "stories"
+    """Corpus: generator (stories, reviews), file, folder or hub name."""
+    tokenizer_name_or_path: str = "{run_dir}/tokenizer"
+    """Folder (or hub name) of the tokenizer."""
+    model_name_or_path: str | None = None
+    """Model whose weights to go on from; none: random weights of the shape below."""
+    max_bytes: int = 12_000_000
+    """Bytes of training text to read or generate."""
+    validation_bytes: int = 200_000
+    """Bytes of held-out text for val_loss and val_bpb."""
+    block_size: int = 128
+    """Tokens in a training row; documents are packed into rows without padding."""
+    max_position_embeddings: int = 256
+    """Longest sequence the model will ever take: prompt and answer together."""
+    hidden_size: int = 192
+    """Width of the residual stream."""
+    num_hidden_layers: int = 4
+    """Transformer blocks."""
+    num_attention_heads: int = 6
+    """Query heads."""
+    num_key_value_heads: int = 6
+    """Key and value heads; fewer than query heads is grouped-query attention (arXiv 2305.13245)."""
+    head_dim: int = 32
+    """Width of one head."""
+    intermediate_size: int = 512
+    """Width of the SwiGLU MLP."""
+
+
+@dataclass
+class SFTArguments(TrainingFields):
+    """Supervised fine-tuning on prompts and answers, with TRL's SFTTrainer; the loss is on the answer alone."""
+
+    output_dir: str = "{run_dir}/sft"
+    """Folder of the fine-tuned model."""
+    dataset: str = "stories"
+    """Instructions: generator (stories, reviews), file or hub name, in any format of reward_data/README.md."""
+    model_name_or_path: str = "{run_dir}/pretrain"
+    """Model to start from."""
+    dataset_size: int = 20_000
+    """Training rows to generate or read at most."""
+    validation_size: int = 500
+    """Held-out rows for eval_loss."""
+    max_length: int = 128
+    """Tokens of prompt and answer; longer rows are cut at the end."""
+
+
+@dataclass
+class PreferencesArguments(StageArguments):
+    """Make preference pairs: sample answers of the SFT policy and label them, or take pairs that people labelled."""
+
+    output_dir: str = "{run_dir}/preferences"
+    """Folder of train.jsonl and test.jsonl (columns prompt, chosen, rejected)."""
+    dataset: str = "stories"
+    """Prompts to sample answers for, or, where `labeller` is `human`, the set that has pairs already."""
+    model_name_or_path: str = "{run_dir}/sft"
+    """Policy that answers."""
+    labeller: str = "reward_data.stories:gold"
+    """Who prefers: `human` (the data set's own pairs) or a function `module:name` of prompts and answers."""
+    label_beta: float = 10.0
+    """Bradley-Terry noise: the better answer is chosen with probability σ(label_beta · score gap)."""
+    dataset_size: int = 4000
+    """Training prompts; each gives one pair at most (ties are dropped)."""
+    test_size: int = 500
+    """Held-out prompts for test.jsonl."""
+    num_generations: int = 4
+    """Answers sampled a prompt; the pair is two of them drawn at random."""
+    max_new_tokens: int = 64
+    """Longest answer in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    batch_size: int = 256
+    """Answers sampled at a time."""
+    mixed_precision: Precision = "auto"
+    """bf16: matrix products in bfloat16; auto: where the GPU or CPU has it in hardware."""
+
+
+@dataclass
+class RewardArguments(TrainingFields):
+    """Train a reward model on preference pairs with TRL's RewardTrainer (Bradley-Terry loss)."""
+
+    output_dir: str = "{run_dir}/reward"
+    """Folder of the reward model (a sequence classifier with one output)."""
+    dataset: str = "{run_dir}/preferences"
+    """Pairs: folder with train.jsonl and test.jsonl, file or hub name, columns prompt, chosen, rejected."""
+    model_name_or_path: str = "{run_dir}/sft"
+    """Model whose trunk to start from; the head is new."""
+    max_length: int = 128
+    """Longest conversation in tokens; a pair that is longer is an error before training starts."""
+    center_samples: int = 512
+    """Held-in answers whose mean and spread of reward are stored, so that rewards are read as standard scores."""
+
+
+@dataclass
+class PPOArguments(StageArguments, PPOConfig):
+    """Optimise the policy against the reward model with PPO, under a KL penalty to the SFT model."""
+
+    output_dir: str = "{run_dir}/ppo"
+    """Folder of the optimised policy; its subfolder `critic` has the value model."""
+    dataset: str = "stories"
+    """Prompts: generator (stories, reviews), file or hub name."""
+    dataset_size: int = 4000
+    """Training prompts to generate or read at most."""
+    eval_size: int = 128
+    """Held-out prompts for the evaluation during training."""
+    model_name_or_path: str = "{run_dir}/sft"
+    """Policy to optimise; its frozen copy is the reference."""
+    reward: list[str] = field(default_factory=lambda: ["{run_dir}/reward"])
+    """Rewards: folders of reward models and functions `module:name`; their weighted sum is optimised."""
+    reward_weights: list[float] | None = None
+    """One weight a reward; none: 1 each."""
+    critic_name_or_path: str = "{run_dir}/reward"
+    """Model whose trunk the critic starts from (the reward model or the policy); its head is new."""
+    gold: str | None = None
+    """Judge `module:name` that is only looked at (eval/gold), never optimised."""
+
+
+ArgumentsT = TypeVar("ArgumentsT", bound=StageArguments)
+
+
+def parse(kind: type[ArgumentsT], argv: list[str] | None = None) -> ArgumentsT:
+    """Fill `kind` from `--config FILE` (YAML) and then from the command line, which wins.
+
+    Raises UserError for an unknown name, a wrong type, a missing or malformed YAML file. `--help` prints and exits.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in argv or "-h" in argv:
+        print("Every field can also stand in a YAML file, given first: --config FILE\n")
+        tyro.cli(_typed(kind), args=["--help"], description=kind.__doc__, config=_TYRO, use_underscores=True)
+    config_file, rest = _split_config(argv)
+    names = [f.name for f in dataclasses.fields(kind)]
+    items = [(config_file, *item) for item in _yaml_items(config_file, names)] if config_file else []
+    items += [("the command line", *item) for item in _command_line_items(rest, names)]
+    # One item a field, the last one wins; tyro then converts text to the field's type.
+    last = {name: (where, name, words) for where, name, words in items}
+    values = [word for _, name, words in last.values() for word in (f"--{name}", *words)]
+    try:
+        args = _quiet_cli(kind, values)
+    except SystemExit:
+        for where, name, words in last.values():
+            _check_one(kind, where, name, words)
+        raise
+    return resolve(args)
+
+
+def resolve(args: ArgumentsT) -> ArgumentsT:
+    """Put the run's folder in place of `{run_dir}` in every text field, and check that counts are positive."""
+    for f in dataclasses.fields(args):
+        value = getattr(args, f.name)
+        if isinstance(value, str):
+            value = value.replace("{run_dir}", args.run_dir)
+        elif isinstance(value, list):
+            value = [v.replace("{run_dir}", args.run_dir) if isinstance(v, str) else v for v in value]
+        setattr(args, f.name, value)
+        counts = ("_steps", "_size", "_bytes", "batch_size", "num_", "max_new_tokens", "max_length")
+        may_be_zero = ("warmup", "validation", "test_", "eval_", "num_labels", "dataset_size")
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1 and any(c in f.name for c in counts):
+            if value < 0 or not any(z in f.name for z in may_be_zero):
+                raise UserError(f"{f.name}: {value} is too small; give a positive whole number")
+    rate = getattr(args, "learning_rate", 1.0)
+    if not rate > 0:
+        raise UserError(f"learning_rate: {rate} must be above 0")
+    return args
+
+
+_TYRO = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
+
+
+def _typed(kind: type) -> Any:
+    return Annotated[kind, tyro.conf.FlagConversionOff]
+
+
+def _quiet_cli(kind: type[ArgumentsT], values: list[str]) -> ArgumentsT:
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        return tyro.cli(_typed(kind), args=values, config=_TYRO, use_underscores=True)
+
+
+def _check_one(kind: type, where: str, name: str, words: list[str]) -> None:
+    try:
+        _quiet_cli(kind, [f"--{name}", *words])
+    except SystemExit:
+        expected = str(next(f.type for f in dataclasses.fields(kind) if f.name == name))
+        expected = expected.removeprefix("<class '").removesuffix("'>").replace("typing.", "")
+        raise UserError(f"{where}: {name}: {' '.join(words)!r} is not of type {expected}") from None
+
+
+def _split_config(argv: list[str]) -> tuple[str | None, list[str]]:
+    """Take `--config FILE` (or `--config=FILE`) out of the arguments."""
+    for i, word in enumerate(argv):
+        if word == "--config":
+            if i + 1 == len(argv):
+                raise UserError("--config needs a YAML file after it")
+            return argv[i + 1], argv[:i] + argv[i + 2 :]
+        if word.startswith("--config="):
+            return word.removeprefix("--config="), argv[:i] + argv[i + 1 :]
+    return None, argv
+
+
+def _yaml_items(file: str, names: list[str]) -> list[tuple[str, list[str]]]:
+    if not Path(file).is_file():
+        raise UserError(f"configuration file {file} does not exist")
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} must hold `key: value` lines")
+    items = []
+    for key, value in content.items():
+        _check_name(file, str(key), names)
+        if isinstance(value, dict):
+            raise UserError(f"{file}: {key}: a value or a list is needed, not a mapping")
+        items.append((str(key), [str(v) for v in value] if isinstance(value, list) else [str(value)]))
+    return items
+
+
+def _command_line_items(words: list[str], names: list[str]) -> list[tuple[str, list[str]]]:
+    items: list[tuple[str, list[str]]] = []
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            _check_name("the command line", name, names)
+            items.append((name, [value] if equals else []))
+        elif not items:
+            raise UserError(f"the command line: {word!r} stands before any --field")
+        else:
+            items[-1][1].append(word)
+    return items
+
+
+def _check_name(where: str, name: str, names: list[str]) -> None:
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else "; --help lists the fields"
+        raise UserError(f"{where}: unknown field {name!r}{hint}")

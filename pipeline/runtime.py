@@ -1,0 +1,306 @@
+"""What every stage stands on: device, precision, seed, progress, metrics and the record of what was done.
+
+A stage opens with `stage = Stage(args, name, inputs)`, which checks all that can be checked before work starts, and ends
+with `stage.finish(metrics)`, which writes stage.json; a folder with stage.json is complete.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+# A stage runs on as many threads as the machine has cores; tokenizers' own threads would fight with worker processes.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from pipeline.arguments import ArgumentsT, StageArguments, parse
+from pipeline.checkpoint import latest_checkpoint, sha256_of, write_json
+from pipeline.errors import UserError
+
+__all__ = ["Stage", "UserError", "bf16_in_hardware", "run", "use_bf16"]
+
+console = Console(highlight=False)
+# Fields that change what is shown or kept but not what is computed: a run goes on from its checkpoint all the same.
+COSMETIC_FIELDS = {"logging_steps", "save_steps", "run_dir", "output_dir", "preset"}
+MIN_FREE_BYTES = 300_000_000
+
+
+def run(main: Callable[[ArgumentsT], None], kind: type[ArgumentsT]) -> None:
+    """Parse the arguments, call `main`, and turn a UserError or a full disk into one sentence and exit code 2."""
+    _quiet_libraries()
+    try:
+        main(parse(kind))
+    except UserError as error:
+        _exit(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        _exit(f"{error.strerror}: {error.filename or 'the output folder'}; nothing more was written")
+    except KeyboardInterrupt:
+        _exit("stopped; the same command goes on from the last checkpoint", code=130)
+
+
+def _exit(sentence: str, code: int = 2) -> None:
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    # The other processes of a distributed run wait in a collective: leave without waiting for them.
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        os._exit(code)
+    sys.exit(code)
+
+
+def _quiet_libraries() -> None:
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+def bf16_in_hardware() -> bool:
+    """Whether the GPU, or without one the CPU, multiplies bfloat16 matrices itself (elsewhere it is slower than fp32)."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def use_bf16(mixed_precision: str) -> bool:
+    """Resolve the field `mixed_precision`."""
+    return mixed_precision == "bf16" or (mixed_precision == "auto" and bf16_in_hardware())
+
+
+class Stage:
+    """One run of one stage: checks, seeds, logs, and records.
+
+    `inputs` names the files and folders that are read; `{"model": path}`. A path that looks local must exist; any other
+    is taken as a hub name. Raises UserError before any work if an input is missing or the output cannot be written.
+    """
+
+    def __init__(self, args: StageArguments, name: str, inputs: dict[str, str | None]) -> None:
+        self.args, self.name = args, name
+        self.output_dir = Path(args.output_dir)
+        self.checkpoints = self.output_dir / "checkpoints"
+        self.is_main = int(os.environ.get("RANK", "0")) == 0
+        self.started, self.clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
+        self.seconds_before = 0.0
+        self._progress: Progress | None = None
+        self.inputs = {key: _fingerprint(name, key, path, args) for key, path in inputs.items() if path}
+        _check_writable(self.output_dir)
+        self.resume_from = self._resume_point()
+        self.seed()
+
+    # --- where the stage runs -------------------------------------------------------------------------------------
+
+    @cached_property
+    def accelerator(self) -> Any:
+        """The Accelerator of this process; the Trainer-based stages let the Trainer build its own."""
+        from accelerate import Accelerator
+
+        precision = "bf16" if use_bf16(getattr(self.args, "mixed_precision", "no")) else "no"
+        return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
+
+    @property
+    def device(self) -> torch.device:
+        """cuda where there is one, else cpu."""
+        return self.accelerator.device
+
+    def dtype_autocast(self) -> contextlib.AbstractContextManager:
+        """Context in which matrix products run in the precision chosen by `mixed_precision`."""
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.autocast(kind, torch.bfloat16, enabled=use_bf16(getattr(self.args, "mixed_precision", "no")))
+
+    def seed(self) -> None:
+        """Seed Python, NumPy and torch with the stage's seed (the same on every process)."""
+        from transformers import set_seed
+
+        set_seed(self.args.seed)
+
+    # --- resume ---------------------------------------------------------------------------------------------------
+
+    def _resume_point(self) -> Path | None:
+        """The checkpoint to go on from. One of other settings or inputs is removed; a finished run starts anew."""
+        config = {k: v for k, v in dataclasses.asdict(self.args).items() if k not in COSMETIC_FIELDS}
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        identity = {"config": config, "inputs": {k: v["sha256"] for k, v in self.inputs.items()}, "processes": world}
+        identity_file = self.checkpoints / "identity.json"
+        finished = (self.output_dir / "stage.json").exists()
+        same = identity_file.exists() and json.loads(identity_file.read_text(encoding="utf-8")) == identity
+        point = latest_checkpoint(self.checkpoints, self.say) if same and not finished else None
+        if world > 1:  # every process has read the folder before the main one changes it
+            from accelerate import PartialState
+
+            PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
+        if not self.is_main:
+            return point
+        if point is None:
+            if identity_file.exists() and not finished and not same and any(self.checkpoints.glob("*-*")):
+                self.say("the settings or inputs changed since the last checkpoint: starting from the beginning")
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+            self.checkpoints.mkdir(parents=True)
+            write_json(identity_file, identity)
+            (self.output_dir / "stage.json").unlink(missing_ok=True)
+            self._metrics_file.write_text("", encoding="utf-8")
+        else:
+            self.say(f"going on from {point}")
+            self._drop_metrics_after(int(point.name.rsplit("-", 1)[1]))
+        return point
+
+    @property
+    def _metrics_file(self) -> Path:
+        return self.output_dir / "metrics.jsonl"
+
+    def _drop_metrics_after(self, step: int) -> None:
+        """Forget lines that the resumed run will write again, and count the seconds that were spent before."""
+        kept = []
+        for line in self._metrics_file.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # the last line may have been cut off by the kill
+                row = json.loads(line)
+                if row.get("step", 0) <= step:
+                    kept.append(line)
+                    self.seconds_before = row.get("time", 0.0)
+        self._metrics_file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    # --- what a person sees -----------------------------------------------------------------------------------------
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of work so far, those before a resume included."""
+        return self.seconds_before + time.perf_counter() - self.clock
+
+    def say(self, sentence: str) -> None:
+        """Print one line on the main process, above the progress bar."""
+        if self.is_main:
+            (self._progress.console if self._progress else console).print(f"[bold]{self.name}[/bold]  {sentence}")
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Append one object to metrics.jsonl and print it as a readable line; main process only."""
+        if not self.is_main:
+            return
+        row = {**metrics, "time": round(self.seconds, 2)}
+        with self._metrics_file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+        shown = [f"{k} {_short(v)}" for k, v in metrics.items() if isinstance(v, int | float)]
+        self.say("  ".join(shown))
+
+    @contextlib.contextmanager
+    def progress(self, total: int, description: str, done: int = 0) -> Iterator[Callable[..., None]]:
+        """A bar with speed and time left; the context is a function `advance(n=1, text="")`."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                   TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+        shown = self.is_main and console.is_terminal
+        with Progress(*columns, console=console, disable=not shown, transient=True) as bar:
+            task = bar.add_task(description, total=total, completed=done, text="")
+            self._progress = bar if shown else None
+            try:
+                yield lambda n=1, text="": bar.update(task, advance=n, text=text)
+            finally:
+                self._progress = None
+
+    # --- the record -----------------------------------------------------------------------------------------------
+
+    def finish(self, metrics: dict[str, Any], tokens: int | None = None) -> None:
+        """Write stage.json, last of all: it marks the folder as complete."""
+        if not self.is_main:
+            return
+        record = {
+            "stage": self.name,
+            "preset": self.args.preset,
+            "seed": self.args.seed,
+            "config": dataclasses.asdict(self.args),
+            "command": " ".join(["python", "-m", f"stages.{self.name}", *sys.argv[1:]]),
+            "versions": _versions(),
+            "git_commit": _git_commit(),
+            "inputs": self.inputs,
+            "started": self.started.isoformat(timespec="seconds"),
+            "seconds": round(self.seconds, 1),
+            "tokens": tokens,
+            "metrics": metrics,
+            "device": _device_name(),
+            "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        }
+        write_json(self.output_dir / "stage.json", record)
+        shown = "  ".join(f"{k} {_short(v)}" for k, v in metrics.items() if isinstance(v, int | float))
+        self.say(f"done in {record['seconds']:.0f} s  {shown}  → {self.output_dir}")
+
+
+def _short(value: float) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _is_local(path: str, args: StageArguments) -> bool:
+    return Path(path).exists() or path.startswith(("/", ".", "~", args.run_dir)) or path.count("/") != 1
+
+
+def _fingerprint(stage: str, key: str, path: str, args: StageArguments) -> dict[str, str]:
+    """sha256 over the files of an input; a hub name is its own fingerprint."""
+    if not _is_local(path, args):
+        return {"path": path, "sha256": "hub"}
+    place = Path(path).expanduser()
+    if not place.exists():
+        hint = f"run `make {place.name}` first" if path.startswith(args.run_dir) else "check the path"
+        raise UserError(f"{stage}: {key} {path} does not exist; {hint}")
+    if place.is_file():
+        return {"path": path, "sha256": sha256_of(place)}
+    if path.startswith(args.run_dir) and (place / "checkpoints").is_dir() and not (place / "stage.json").exists():
+        raise UserError(f"{stage}: {key} {path} is not complete; run `make {place.name}` first")
+    record = {"stage.json", "metrics.jsonl", "README.md", "training_args.bin"}
+    files = sorted(p for p in place.iterdir() if p.is_file() and p.name not in record)
+    if not files:
+        raise UserError(f"{stage}: {key} {path} is an empty folder")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {sha256_of(file)}\n".encode())
+    return {"path": path, "sha256": digest.hexdigest()}
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"the folder {folder} cannot be written ({error.strerror}); choose another output_dir") from None
+    free = shutil.disk_usage(folder).free
+    if free < MIN_FREE_BYTES:
+        need = MIN_FREE_BYTES // 1_000_000
+        raise UserError(f"the disk of {folder} has {free // 1_000_000} MB free, at least {need} MB are needed; make room")
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "transformers", "trl", "datasets", "accelerate", "tokenizers")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).parent
+    result = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True)
+    return result.stdout.strip() or None if result.returncode == 0 else None
+
+
+def _device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
