@@ -1,0 +1,336 @@
+"""The GPT, written out from scratch: embedding, rotary attention, SwiGLU, blocks, head.
+
+The architecture is Qwen3's (arXiv 2505.09388): the decoder of "Attention Is All You Need" (1706.03762) with RMSNorm
+(1910.07467) before each part instead of LayerNorm after it, rotary positions (RoFormer, 2104.09864), grouped key/value
+heads (GQA, 2305.13245), RMSNorm on queries and keys (QK-norm, 2302.05442) and a gated MLP (SwiGLU, 2002.05202). No
+dropout, no biases. Config class and weight names are the stock ones, so a folder saved here *is* a stock Qwen3
+checkpoint and a stock one opens here; tests/test_gpt.py holds logits and gradients equal.
+
+Shapes: B batch, T tokens, D hidden, H query heads, G key/value heads (H a multiple of G), K head dimension, V vocabulary.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import GenerationMixin, PreTrainedModel, Qwen3Config
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+
+IGNORED = -100  # a label that is not trained on, as everywhere in PyTorch
+LOGITS_PER_CHUNK = 2**25  # the loss holds at most this many fp32 logits at once (128 MiB)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The parts
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + ε) · w over the last dimension, computed in fp32 (1910.07467, eq. 4)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # In fp32 and with an fp32 weight: F.rms_norm warns of mixed types under bf16 autocast and loses its fast path
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(self.weight.dtype)
+
+
+def rotary_angles(positions: Tensor, config: Qwen3Config) -> tuple[Tensor, Tensor]:
+    """cos and sin of position · θ^(−2i/K) (2104.09864, eq. 15): positions (1 or B, T) → two fp32 (1 or B, T, 1, K/2).
+
+    Computed at each forward, which costs microseconds: a non-persistent buffer would hold garbage after
+    `from_pretrained`.
+    """
+    theta, size = config.rope_parameters["rope_theta"], config.head_dim
+    exponents = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size
+    angles = positions[..., None].float() * theta**-exponents
+    return angles.cos()[..., None, :], angles.sin()[..., None, :]
+
+
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair (x_i, x_{i+K/2}) of a (B, T, heads, K) tensor by its position's angle."""
+    cos, sin = angles
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def attention_bias(
+    tokens: int, past: int, attention_mask: Tensor | None, position_ids: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """What is added to the attention scores, (B, 1, T, past + T) of 0 and −inf; None where plain causal masking is exact.
+
+    Plain causal masking serves no padding at all and padding on the right: no real token comes after a pad. Left
+    padding and documents packed into one row (position_ids that start again, no attention_mask, as TRL packs them)
+    need the explicit mask. `attention_mask` is (B, past + T) with 1 for real tokens, or a ready 4-D mask.
+    """
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return attention_mask
+    keys = torch.arange(past + tokens, device=device)
+    allowed = keys <= keys[past:, None]  # (T, past + T): a query sees itself and what came before
+    if attention_mask is not None:
+        real = attention_mask.bool()
+        if past == 0 and bool((real[:, 1:] <= real[:, :-1]).all()):
+            return None
+        # A pad query may look at itself: a row with nothing allowed would give NaN
+        allowed = allowed & (real[:, None, :] | (keys == keys[past:, None]))
+    elif past == 0 and position_ids is not None:
+        step = F.pad(position_ids.diff(dim=-1), (1, 0), value=1)
+        document = (step != 1).cumsum(-1)  # (B, T): the number of the document a token belongs to
+        if not bool(document.any()):
+            return None
+        allowed = allowed & (document[:, None, :] == document[:, :, None])
+    elif past == 0 or tokens == 1:
+        return None
+    allowed = allowed if allowed.dim() == 3 else allowed[None]
+    return torch.zeros(allowed.shape, device=device).masked_fill_(~allowed, float("-inf"))[:, None]
+
+
+def residual_std(config: Qwen3Config) -> float:
+    """0.02/√(2·layers): 2·layers projections add to the residual stream, whose variance should not grow (GPT-2)."""
+    return config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
+
+
+class Attention(nn.Module):
+    """Masked multi-head self-attention, softmax(q·kᵀ/√K)·v, with grouped heads, QK-norm and rotary positions."""
+
+    def __init__(self, config: Qwen3Config, layer: int):
+        super().__init__()
+        self.layer, self.head_dim, self.dropout = layer, config.head_dim, config.attention_dropout
+        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        self.grouped = heads != groups
+        self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=config.attention_bias)
+        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=config.attention_bias)
+        self.o_proj.init_std = residual_std(config)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], bias: Tensor | None, cache=None) -> Tensor:
+        """x (B, T, D) → (B, T, D); `bias` as from attention_bias; `cache` is a transformers Cache or None."""
+        heads = (*x.shape[:-1], -1, self.head_dim)
+        q = rotate(self.q_norm(self.q_proj(x).view(heads)), angles).transpose(1, 2)  # (B, H, T, K)
+        k = rotate(self.k_norm(self.k_proj(x).view(heads)), angles).transpose(1, 2)  # (B, G, T, K)
+        v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, G, T, K)
+        # Attention's backward in bf16 is about six times slower than in fp32 on CPU: leave autocast around it
+        dtype = torch.float32 if x.device.type == "cpu" else v.dtype
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer)
+        with torch.autocast(x.device.type, enabled=False):
+            out = F.scaled_dot_product_attention(
+                q, k, v,
+                attn_mask=None if bias is None else bias.to(dtype),
+                dropout_p=self.dropout if self.training else 0.0,
+                is_causal=bias is None and q.shape[2] > 1,
+                enable_gqa=self.grouped,
+            )  # fmt: skip
+        return self.o_proj(out.transpose(1, 2).flatten(2).to(x.dtype))
+
+
+class MLP(nn.Module):
+    """SwiGLU, W_down(silu(W_gate x) ⊙ W_up x) (2002.05202, eq. 6)."""
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj.init_std = residual_std(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(GradientCheckpointingLayer):
+    """x + attention(norm(x)), then x + mlp(norm(x)): the residual stream that every block reads and adds to."""
+
+    def __init__(self, config: Qwen3Config, layer: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], bias: Tensor | None, past_key_values=None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), angles, bias, past_key_values)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The models
+
+
+class GPTPreTrainedModel(PreTrainedModel):
+    """What the GPT's classes share: config, initialisation, saving under the stock names."""
+
+    config_class = Qwen3Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    _supports_sdpa = True
+    stock_architecture = "Qwen3Model"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """N(0, 0.02), except where a Linear carries its own `init_std`."""
+        std = getattr(module, "init_std", None)
+        if std is None:
+            super()._init_weights(module)
+        else:
+            init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+        """As transformers saves, with the stock class under "architectures", so that any tool opens the folder."""
+        super().save_pretrained(save_directory, **kwargs)
+        path = Path(save_directory) / "config.json"
+        if kwargs.get("is_main_process", True) and path.exists():
+            config = json.loads(path.read_text())
+            path.write_text(json.dumps(config | {"architectures": [self.stock_architecture]}, indent=2) + "\n")
+
+
+class GPTModel(GPTPreTrainedModel):
+    """Tokens to hidden states: embedding, blocks, last norm."""
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__(config)
+        if config.use_sliding_window or config.hidden_act != "silu" or config.rope_parameters["rope_type"] != "default":
+            raise ValueError(
+                "this GPT has full attention, silu and plain rotary positions only; open a Qwen3 model with sliding "
+                "windows, another activation or scaled rotary positions through AutoModelForCausalLM"
+            )
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        **_,
+    ) -> BaseModelOutputWithPast:
+        """input_ids (B, T) long, attention_mask (B, T) 1 = real or None, position_ids (1 or B, T) or None → .last_hidden_state (B, T, D)."""
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        bias = attention_bias(x.shape[1], past, attention_mask, position_ids, x.device)
+        if position_ids is None:
+            position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
+        angles = rotary_angles(position_ids, self.config)
+        for block in self.layers:
+            x = block(x, angles, bias, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+
+
+class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
+    """The language model: p(next token | tokens so far) = softmax(lm_head(hidden))."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    stock_architecture = "Qwen3ForCausalLM"
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__(config)
+        self.model = GPTModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **_,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T, V), and the mean cross-entropy of labels (B, T) (−100 = ignored) where they are given.
+
+        The loss is divided by `num_items_in_batch` (Trainer's count over accumulated batches) instead of the number of
+        its own labels if that is given. While training with labels, logits are None: the loss needs them only in
+        chunks.
+        """
+        outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        hidden, logits, loss = outputs.last_hidden_state, None, None
+        if labels is not None:
+            loss = self.loss(hidden, labels, attention_mask, num_items_in_batch)
+        if labels is None or not self.training:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, keep])
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+
+    def loss(
+        self, hidden: Tensor, labels: Tensor, attention_mask: Tensor | None, num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        """Cross-entropy of labels[:, t + 1] under hidden[:, t], over the labels that count and never all logits at once."""
+        targets = labels[:, 1:]
+        counts = targets != IGNORED
+        if attention_mask is not None and attention_mask.dim() == 2:
+            counts = counts & attention_mask[:, :-1].bool()  # under left padding a pad would predict the first token
+        hidden, targets = hidden[:, :-1][counts], targets[counts]  # (N, D), (N,)
+        rows = max(1, LOGITS_PER_CHUNK // self.config.vocab_size)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for part, target in zip(hidden.split(rows), targets.split(rows), strict=True):
+            # One chunk keeps its logits for the backward; of several, each makes them again
+            if len(hidden) > rows and torch.is_grad_enabled():
+                total = total + checkpoint(self.chunk_loss, part, target, use_reentrant=False)
+            else:
+                total = total + self.chunk_loss(part, target)
+        return total / (max(1, len(targets)) if num_items_in_batch is None else num_items_in_batch)
+
+    def chunk_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="sum")
+
+
+class GPTForSequenceClassification(GPTPreTrainedModel):
+    """The reward model or critic: a linear head `score` read at the last token that is not padding."""
+
+    stock_architecture = "Qwen3ForSequenceClassification"
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = GPTModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score.init_std = (config.hidden_size + 1) ** -0.5  # the N+ implementation details, 2403.17031
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        **_,
+    ) -> SequenceClassifierOutputWithPast:
+        """Logits (B, num_labels) at the rightmost token that is not config.pad_token_id, as stock Qwen3 pools."""
+        pad, rows = self.config.pad_token_id, torch.arange(len(input_ids), device=input_ids.device)
+        if pad is None and len(rows) > 1:
+            raise ValueError("config.pad_token_id is not set: the last token of each row cannot be told from padding")
+        hidden = self.model(input_ids, attention_mask, position_ids).last_hidden_state
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        last = (positions * (input_ids != pad)).argmax(-1) if pad is not None else positions[-1:]
+        logits = self.score(hidden[rows, last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(loss=loss, logits=logits)
