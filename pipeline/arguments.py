@@ -207,6 +207,68 @@ class PPOArguments(StageArguments, PPOConfig):
     """Judge `module:name` that is only looked at (eval/gold), never optimised."""
 
 
+@dataclass
+class EvaluateArguments(StageArguments):
+    """Judge the pretrained model, SFT, best-of-n and PPO on held-out prompts."""
+
+    output_dir: str = "{run_dir}/evaluate"
+    """Folder of scores.json and samples.jsonl."""
+    dataset: str = "stories"
+    """Held-out prompts: generator (stories, reviews), file or hub name."""
+    gold: str | None = "reward_data.stories:gold"
+    """Judge `module:name` of prompts and answers with scores in [0, 1]; none: only proxy, KL and text figures."""
+    pretrain_model: str = "{run_dir}/pretrain"
+    """Pretrained model: a policy of its own, and what measures the bits per byte of everybody's answers."""
+    sft_model: str = "{run_dir}/sft"
+    """SFT model: the reference of the KL, the source of best-of-n, the opponent of the win rate."""
+    reward_model: str = "{run_dir}/reward"
+    """Reward model: the proxy score, and the judge that picks the best of n."""
+    ppo_model: str = "{run_dir}/ppo"
+    """Policy that PPO made."""
+    num_prompts: int = 256
+    """Held-out prompts at most."""
+    best_of: int = 16
+    """n of best-of-n: SFT answers sampled a prompt."""
+    max_new_tokens: int = 64
+    """Longest answer in tokens; PPO's response_length makes the comparison fair."""
+    temperature: float = 1.0
+    """Sampling temperature, as PPO's; every log-probability is taken of logits / temperature."""
+    batch_size: int = 256
+    """Answers sampled at a time."""
+    eval_batch_size: int = 64
+    """Answers scored in one forward pass."""
+    mixed_precision: Precision = "auto"
+    """bf16: matrix products in bfloat16 while sampling and scoring; log-probabilities are always taken in fp32."""
+
+
+@dataclass
+class ReportArguments(StageArguments):
+    """Gather what the stages of a run left behind into report.html, report.md and summary.json."""
+
+    output_dir: str = "{run_dir}/report"
+    """Folder of report.html, report.md, plots/ and summary.json."""
+    num_samples: int = 3
+    """Prompts shown with everybody's answers: the first ones, not chosen ones."""
+
+
+@dataclass
+class ChatArguments(StageArguments):
+    """Talk with a model in the terminal: /exit, /reset, /temperature X."""
+
+    model_name_or_path: str = "{run_dir}/ppo"
+    """Folder (or hub name) of any causal language model: pretrain, sft or ppo."""
+    raw: bool = False
+    """Let the model go on from the bare text, without the chat template; the way to talk to a pretrained model."""
+    history: bool = False
+    """Send earlier turns along; only for models that were trained on conversations (the presets' are not)."""
+    max_new_tokens: int = 128
+    """Longest answer in tokens."""
+    temperature: float = 0.7
+    """Sampling temperature; 0 always takes the likeliest token."""
+    top_p: float = 0.95
+    """Sample from the smallest set of tokens with this much probability together (nucleus, arXiv 1904.09751)."""
+
+
 ArgumentsT = TypeVar("ArgumentsT", bound=StageArguments)
 
 
