@@ -1,0 +1,109 @@
+"""Judge the policies on held-out prompts: `python -m stages.evaluate --config configs/stories/evaluate.yaml`."""
+
+import json
+from functools import partial
+from typing import Any
+
+import torch
+
+from pipeline import data, runtime
+from pipeline.arguments import EvaluateArguments
+from pipeline.checkpoint import write_json
+from pipeline.errors import UserError
+from pipeline.evaluate import (
+    Answers,
+    Judge,
+    Policy,
+    Verdict,
+    answer,
+    best_of,
+    best_of_n_kl,
+    bits_per_byte,
+    judge,
+    samples_of,
+    sequence_kl,
+    win_rate,
+)
+from pipeline.models import load_policy
+from pipeline.rewards import RewardModel, checked, load_function
+from pipeline.tokenizer import check_fits, load_tokenizer
+
+
+def main(args: EvaluateArguments) -> None:
+    """Write scores.json (figures by policy, win rate) and samples.jsonl (every answer with its scores)."""
+    if args.best_of < 1:
+        raise UserError(f"best_of: {args.best_of} is too small; give a positive whole number")
+    names = {"pretrain": args.pretrain_model, "sft": args.sft_model, "ppo": args.ppo_model}
+    inputs = names | {"reward": args.reward_model, "dataset": data.local_path(args.dataset)}
+    stage = runtime.Stage(args, "evaluate", inputs)
+    if not stage.is_main:  # a minute's work: one process does it
+        return
+    policies = load_policies(names, stage)
+    rows = data.load_prompts(args.dataset, split="test", seed=args.seed, size=args.num_prompts).to_dict()
+    prompts = rows.pop("prompt")
+    gold = partial(_judged, load_function(args.gold), f"gold {args.gold}", rows) if args.gold else None
+    reward = RewardModel(args.reward_model, stage.device, args.mixed_precision, args.eval_batch_size)
+    proxy = partial(_judged, reward, f"proxy {args.reward_model}", rows)
+
+    verdicts = judge_all(args, stage, policies, prompts, proxy, gold)
+    scores: dict[str, Any] = {"policies": {name: verdict.figures for name, verdict in verdicts.items()}, "win_rate": {}}
+    if gold:
+        scores["win_rate"]["ppo_vs_sft"] = win_rate(verdicts["ppo"].gold, verdicts["sft"].gold, seed=args.seed)
+    for name, verdict in verdicts.items():
+        stage.log({f"{name}/{key}": value for key, value in verdict.figures.items()})
+    write_json(stage.output_dir / "scores.json", scores | {"gold": args.gold, "num_prompts": len(prompts)})
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in samples_of(verdicts))
+    (stage.output_dir / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
+    stage.finish(scores)
+
+
+def load_policies(names: dict[str, str], stage: runtime.Stage) -> dict[str, Policy]:
+    """Open the models. Raises UserError if they do not share a vocabulary: then no KL is defined."""
+    policies = {}
+    for name, path in names.items():
+        model, tokenizer = load_policy(path, stage.device), load_tokenizer(path)
+        check_fits(tokenizer, model.config.get_text_config().vocab_size, path)
+        policies[name] = Policy(model, tokenizer, plain=name == "pretrain")
+        if tokenizer.get_vocab() != policies["pretrain"].tokenizer.get_vocab():
+            raise UserError(
+                f"{path} has another vocabulary than {names['pretrain']}; all policies must come from one model"
+            )
+    return policies
+
+
+def judge_all(args: EvaluateArguments, stage: runtime.Stage, policies: dict[str, Policy], prompts: list, proxy: Judge,
+              gold: Judge | None) -> dict[str, Verdict]:  # fmt: skip
+    """Verdicts of pretrain, sft, best_of_<n> and ppo, in this order."""
+    sft, pretrained = policies["sft"], policies["pretrain"]
+    fluency = partial(bits_per_byte, pretrained.model, pretrained.tokenizer)
+    n, verdicts = args.best_of, {}
+    with stage.progress((3 + n) * len(prompts), "evaluate") as advance:
+        for number, name in enumerate(("pretrain", "sft", f"best_of_{n}", "ppo")):
+            policy = policies.get(name, sft)
+            asked = [prompt for prompt in prompts for _ in range(1 if name in policies else n)]
+            # A generator of its own: the answers of one policy do not depend on what the others said
+            generator = torch.Generator(stage.device).manual_seed(1000 * args.seed + number)
+            with stage.dtype_autocast():
+                answers: Answers = answer(
+                    policy, asked, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                    batch_size=args.batch_size, generator=generator, advance=advance,
+                )  # fmt: skip
+            scores = proxy(answers.prompts, answers.texts)
+            if name in policies:
+                kl = 0.0 if policy is sft else sequence_kl(policy, sft, answers, args.temperature)
+            else:
+                best, kl = best_of(scores, n), best_of_n_kl(n)
+                answers, scores = answers.take(best), [scores[i] for i in best]
+            verdicts[name] = judge(answers, proxy=scores, gold=gold, kl=kl, fluency=fluency, seed=args.seed)
+    return verdicts
+
+
+def _judged(function: Any, name: str, columns: dict[str, list], prompts: list, texts: list[str]) -> list[float]:
+    """Scores by a reward function, which is also given the data set's other columns, repeated as the prompts are."""
+    times = len(prompts) // max(1, len(next(iter(columns.values()), prompts)))
+    repeated = {key: [value for value in values for _ in range(times)] for key, values in columns.items()}
+    return checked(name, function, prompts, texts, repeated)
+
+
+if __name__ == "__main__":
+    runtime.run(main, EvaluateArguments)
