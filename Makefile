@@ -1,0 +1,105 @@
+# The chain as make targets: a stage whose output is newer than its inputs is not run again, and a stage runs what is
+# missing before it. `make help` lists everything.
+
+PRESET ?= stories
+SEED   ?= 0
+# One folder a preset and seed; RUN=runs/anything keeps a trial of your own apart.
+RUN    ?= runs/$(PRESET)$(if $(filter-out 0,$(SEED)),-seed$(SEED))
+ARGS   ?=
+MODEL  ?= $(RUN)/ppo
+# LAUNCH="accelerate launch --config_file configs/accelerate/cpu-2.yaml -m" runs the stages on several processes.
+LAUNCH ?= python -m
+
+SHELL  := /bin/bash
+VENV   := .venv
+BIN    := $(VENV)/bin
+PYTHON ?= python3
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+STAGES := tokenizer pretrain sft preferences reward ppo evaluate report
+READY  := $(VENV)/.ready
+ifeq ($(PRESET),reviews)
+READY  += $(VENV)/.ready-reviews
+endif
+
+.DEFAULT_GOAL := all
+.DELETE_ON_ERROR:
+.PHONY: all $(STAGES) chat setup smoke test lint bench bench-train bench-sample bench-ppo clean help
+
+all: report ## the whole chain, then a table, samples and the report (default)
+
+# A stage's stamp holds its settings; it changes only when they do, and only for stages named on the command line, so
+# that `make sft ARGS=… && make ppo` keeps that sft.
+GOALS := $(or $(filter-out $(PRESET),$(MAKECMDGOALS)),all)
+NAMED = $(if $(filter all smoke,$(GOALS)),$(STAGES),$(filter $(STAGES),$(GOALS)))
+.PHONY: FORCE
+FORCE:
+$(RUN)/.settings/%: FORCE
+	@mkdir -p $(@D)
+	@$(if $(filter $*,$(NAMED)),echo '$(SEED) $(subst ','\'',$(ARGS))' | cmp -s - $@ || echo '$(SEED) $(subst ','\'',$(ARGS))' > $@,test -e $@ || echo '$(SEED) ' > $@)
+
+# A data set that is a file or folder of the user's is an input too.
+files_of = $(wildcard $(shell sed -n 's/^dataset: *\([^ #]*\).*/\1/p' configs/$(PRESET)/$(1).yaml 2>/dev/null))
+
+define stage
+$(1): $(RUN)/$(1)/stage.json
+$(RUN)/$(1)/stage.json: $(2:%=$(RUN)/%/stage.json) configs/$(PRESET)/$(1).yaml $(call files_of,$(1)) $(RUN)/.settings/$(1) | $(READY)
+	@$$(LAUNCH) stages.$(1) --config configs/$(PRESET)/$(1).yaml --run_dir $(RUN) --seed $(SEED) $$(if $$(filter $(1),$$(NAMED)),$$(ARGS))
+endef
+$(eval $(call stage,tokenizer,))
+$(eval $(call stage,pretrain,tokenizer))
+$(eval $(call stage,sft,pretrain))
+$(eval $(call stage,preferences,sft))
+$(eval $(call stage,reward,preferences sft))
+$(eval $(call stage,ppo,reward sft))
+$(eval $(call stage,evaluate,ppo reward sft pretrain))
+$(eval $(call stage,report,evaluate))
+
+tokenizer: ## train the byte-level BPE tokenizer
+pretrain: ## pretrain the GPT from random weights
+sft: ## supervised fine-tuning on instructions
+preferences: ## sample pairs of answers and label them
+reward: ## train the reward model on the pairs
+ppo: ## optimise the policy against the reward model
+evaluate: ## judge every policy on held-out prompts
+report: ## report.html, report.md, summary.json
+
+chat: | $(READY) ## talk with a model in the terminal (MODEL=folder, default PPO's)
+	@python -m stages.chat --run_dir $(RUN) --model_name_or_path $(MODEL) $(ARGS)
+
+smoke: ## the whole chain in under two minutes, to see that everything works
+	@$(MAKE) --no-print-directory all PRESET=smoke SEED=$(SEED)
+
+setup: $(READY) ## .venv with the pinned dependencies; every other target calls it
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (once, a few minutes)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; PYTHON=/path/to/python3.11 names one" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.ready-reviews: requirements-reviews.txt | $(VENV)/.ready
+	@pip install --quiet --no-deps --require-hashes --requirement requirements-reviews.txt
+	@touch $@
+
+test: | $(READY) ## all tests
+	@pytest $(ARGS)
+
+lint: | $(READY) ## ruff, rules and format of the imports
+	@ruff check .
+
+bench: bench-train bench-sample bench-ppo ## all benchmarks against their peers
+bench-train: | $(READY) ## pretraining speed against transformers' Qwen3
+	@python -m benchmarks.train $(ARGS)
+bench-sample: | $(READY) ## sampling speed against transformers' generate
+	@python -m benchmarks.sample $(ARGS)
+bench-ppo: | $(READY) ## PPO speed against TRL 1.12's PPOTrainer
+	@python -m benchmarks.ppo $(ARGS)
+
+clean: ## remove the run of this PRESET and SEED (never the others)
+	rm -rf $(RUN)
+
+help: ## this list
+	@echo "make [target] [PRESET=stories|reviews|smoke] [SEED=0] [RUN=runs/name] [ARGS='--field value']"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))

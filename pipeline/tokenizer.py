@@ -1,0 +1,106 @@
+"""Byte-level BPE (Sennrich et al. 2016 on bytes, as GPT-2) with a chat template and tokens of its own for every role.
+
+Every byte has an entry, so that any text round-trips. Padding is never an end token: pad == EOS corrupts masks,
+reward positions and values (huggingface/trl#5303).
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.errors import UserError
+from pipeline.sampler import Samples
+
+PAD, END_OF_TEXT, SYSTEM, USER, ASSISTANT, END_OF_TURN = SPECIAL_TOKENS = (
+    "<|pad|>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>",
+)  # fmt: skip
+
+# The markers tell TRL which tokens the assistant wrote; the end of its turn is one of them, or it never learns to stop.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|end|>' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int = 1_000_000) -> PreTrainedTokenizerFast:
+    """Learn merges from `texts` up to `vocab_size` entries (special tokens and bytes included)."""
+    floor = len(SPECIAL_TOKENS) + 256
+    if vocab_size < floor:
+        raise UserError(f"vocab_size: {vocab_size} is too small; {floor} are needed for the bytes and special tokens")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    bpe.train_from_iterator(texts, trainer)
+    return _fast(bpe, model_max_length)
+
+
+def _fast(tokenizer: Tokenizer, model_max_length: int) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END_OF_TEXT, additional_special_tokens=list(SPECIAL_TOKENS[2:]),
+        chat_template=CHAT_TEMPLATE, padding_side="right", model_max_length=model_max_length,
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
+    """Open a tokenizer from a folder or the hub; refuses one whose pad token is an end token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer can be opened from {path}: {' '.join(str(error).split())[:200]}") from None
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        # GPT-2, Llama, Pythia come without a pad token: a token of their own keeps masks and values right.
+        spare = next((t for t in (PAD, "<|finetune_right_pad_id|>", "<|padding|>") if t in tokenizer.get_vocab()), None)
+        tokenizer.pad_token = spare or tokenizer.unk_token
+        if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+            raise UserError(f"the tokenizer of {path} has no pad token apart from its end token; add one and save it")
+    return tokenizer
+
+
+def check_fits(tokenizer: PreTrainedTokenizerFast, vocab_size: int, what: str) -> None:
+    """Refuse a tokenizer that can give ids which the model has no embedding for."""
+    if len(tokenizer) > vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} entries but {what} has {vocab_size} embeddings; "
+            "use the tokenizer that the model was trained with"
+        )
+
+
+def stop_ids(model: object, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Ids that end an answer: those of the model's generation_config, else the tokenizer's end token."""
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    return list(ids) if isinstance(ids, list | tuple) else [ids]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompts: list) -> list[list[int]]:
+    """Token ids of prompts: messages through the chat template (with the assistant's turn opened), text as it is."""
+    chats = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) if isinstance(p, list) else p
+             for p in prompts]  # fmt: skip
+    return tokenizer(chats, add_special_tokens=False)["input_ids"] if chats else []
+
+
+def response_texts(tokenizer: PreTrainedTokenizerFast, samples: Samples) -> list[str]:
+    """The answers in `samples` as text, special tokens left out."""
+    spans = zip(samples.sequences.tolist(), samples.prompt_lengths.tolist(), samples.response_lengths.tolist(), strict=True)
+    ids = [row[start : start + length] for row, start, length in spans]
+    return tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path | str) -> None:
+    """Write tokenizer.json and its configuration."""
+    tokenizer.save_pretrained(str(folder))

@@ -1,0 +1,103 @@
+"""Pretrain a GPT from random weights: `python -m stages.pretrain --config configs/stories/pretrain.yaml`."""
+
+import math
+from functools import partial
+
+import torch
+from datasets import Dataset
+from transformers import Qwen3Config, Trainer, TrainingArguments
+
+from pipeline import data, runtime
+from pipeline.arguments import PretrainArguments
+from pipeline.bigram import BigramLanguageModel, bits_per_byte
+from pipeline.errors import UserError
+from pipeline.gpt import GPTForCausalLM
+from pipeline.hf_trainer import StageCallback, attach, save_model, train, training_kwargs
+from pipeline.models import load_policy, parameter_count
+from pipeline.tokenizer import check_fits, load_tokenizer
+
+
+def main(args: PretrainArguments) -> None:
+    """Pack documents into rows, train on next tokens, report held-out bits per byte beside a bigram's and a uniform's."""
+    inputs = {"tokenizer": args.tokenizer_name_or_path, "model": args.model_name_or_path,
+              "dataset": data.local_path(args.dataset)}  # fmt: skip
+    stage = runtime.Stage(args, "pretrain", inputs)
+    tokenizer = load_tokenizer(args.tokenizer_name_or_path)
+    model = build_model(args, tokenizer)
+    rows, _ = _rows(args, tokenizer, "train", args.max_bytes)
+    held_out, held_out_bytes = _rows(args, tokenizer, "validation", args.validation_bytes)
+
+    # All of a row's tokens but the first are predicted; the bytes are those of the whole text.
+    to_bpb = partial(bits_per_byte, tokens=held_out.num_rows * args.block_size, text_bytes=held_out_bytes)
+
+    def translate(row: dict) -> dict:
+        if "eval_loss" not in row:
+            return row
+        return {"val_loss": row["eval_loss"], "val_bpb": to_bpb(row["eval_loss"])}
+
+    trainer = Trainer(
+        model=model, args=TrainingArguments(**training_kwargs(args, stage)), train_dataset=rows, eval_dataset=held_out,
+        data_collator=_collate,
+    )  # fmt: skip
+    tokens_per_step = _tokens_per_step(args, trainer.args.world_size)
+    callback = StageCallback(stage, tokens_per_step, translate)
+    stage.say(f"{parameter_count(model):,} parameters, {rows.num_rows * args.block_size:,} training tokens")
+    attach(trainer, callback)
+    train(trainer, stage)
+
+    val_loss = trainer.evaluate()["eval_loss"]
+    save_model(trainer, stage)
+    if stage.is_main:
+        tokenizer.save_pretrained(stage.output_dir)
+    bigram = BigramLanguageModel(len(tokenizer))
+    bigram.fit(rows.with_format("torch")["input_ids"][:])
+    metrics = {
+        "val_loss": val_loss,
+        "val_bpb": to_bpb(val_loss),
+        "bigram_bpb": to_bpb(bigram.loss(held_out.with_format("torch")["input_ids"][:])),
+        "uniform_bpb": to_bpb(math.log(len(tokenizer))),
+        "tokens_per_s": callback.tokens_per_second,
+        "parameters": parameter_count(model),
+    }
+    stage.finish(metrics, tokens=int(args.max_steps * tokens_per_step))
+
+
+def build_model(args: PretrainArguments, tokenizer: object) -> torch.nn.Module:
+    """A GPT with random weights of the configured shape, or the weights of `model_name_or_path`."""
+    if args.model_name_or_path:
+        model = load_policy(args.model_name_or_path)
+        check_fits(tokenizer, model.config.vocab_size, args.model_name_or_path)
+        return model.train()
+    if args.block_size > args.max_position_embeddings:
+        raise UserError(f"block_size {args.block_size} is longer than max_position_embeddings {args.max_position_embeddings}")
+    if args.num_attention_heads % args.num_key_value_heads:
+        raise UserError("num_attention_heads must be a multiple of num_key_value_heads")
+    shape = ("max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "head_dim", "intermediate_size")  # fmt: skip
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True, use_cache=False, **{name: getattr(args, name) for name in shape},
+    )  # fmt: skip
+    return GPTForCausalLM(config).train()
+
+
+def _rows(args: PretrainArguments, tokenizer: object, split: str, max_bytes: int) -> tuple[Dataset, int]:
+    texts = data.load_texts(args.dataset, split=split, seed=args.seed, max_bytes=max_bytes)
+    rows, text_bytes = data.pack(texts, tokenizer, args.block_size)
+    if rows.num_rows == 0:
+        raise UserError(f"the {split} text of {args.dataset} is shorter than one row of {args.block_size} tokens")
+    return rows, text_bytes
+
+
+def _collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+    input_ids = torch.tensor([row["input_ids"] for row in rows])
+    return {"input_ids": input_ids, "labels": input_ids}
+
+
+def _tokens_per_step(args: PretrainArguments, world_size: int) -> int:
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
+    return rows * args.block_size
+
+
+if __name__ == "__main__":
+    runtime.run(main, PretrainArguments)

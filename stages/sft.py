@@ -1,0 +1,59 @@
+"""Supervised fine-tuning with TRL: `python -m stages.sft --config configs/stories/sft.yaml`."""
+
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from pipeline import data, runtime
+from pipeline.arguments import SFTArguments
+from pipeline.errors import UserError
+from pipeline.hf_trainer import StageCallback, attach, save_model, train, training_kwargs
+from pipeline.models import load_policy
+from pipeline.tokenizer import END_OF_TURN, check_fits, load_tokenizer
+
+
+def main(args: SFTArguments) -> None:
+    """Teach the model to answer: the loss is on the tokens of the answer and of its end, not on the prompt."""
+    stage = runtime.Stage(args, "sft", {"model": args.model_name_or_path, "dataset": data.local_path(args.dataset)})
+    tokenizer, model = load_tokenizer(args.model_name_or_path), load_policy(args.model_name_or_path).train()
+    check_fits(tokenizer, model.config.vocab_size, args.model_name_or_path)
+    rows = data.load_instructions(args.dataset, split="train", seed=args.seed, size=args.dataset_size)
+    held_out = data.load_instructions(args.dataset, split="validation", seed=args.seed, size=args.validation_size)
+    trainer = build_trainer(args, stage, model, tokenizer, rows, held_out)
+
+    attach(trainer, StageCallback(stage, translate=_translate))
+    start_loss = None if stage.resume_from else trainer.evaluate()["eval_loss"]
+    train(trainer, stage)
+    eval_loss = trainer.evaluate()["eval_loss"]
+    # An answer ends at the end of the turn; a document's end stops it too.
+    document_end = model.config.eos_token_id
+    model.generation_config.eos_token_id = list(dict.fromkeys([tokenizer.eos_token_id, document_end]))
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    save_model(trainer, stage)
+    metrics = {"eval_loss": eval_loss, "rows": rows.num_rows}
+    if start_loss is not None:
+        metrics["eval_loss_before"] = start_loss
+    stage.finish(metrics, tokens=int(trainer.state.num_input_tokens_seen) or None)
+
+
+def build_trainer(args: SFTArguments, stage: runtime.Stage, model: object, tokenizer: object, rows: Dataset,
+                  held_out: Dataset) -> SFTTrainer:  # fmt: skip
+    """SFTTrainer with the loss on the answer alone, for `messages` as for `prompt` and `completion`."""
+    chat = "messages" in rows.column_names
+    if (chat or isinstance(rows[0]["prompt"], list)) and tokenizer.chat_template is None:
+        raise UserError(f"the tokenizer of {args.model_name_or_path} has no chat template, which conversations need")
+    if END_OF_TURN in tokenizer.get_vocab():
+        tokenizer.eos_token = END_OF_TURN
+    config = SFTConfig(
+        **training_kwargs(args, stage), max_length=args.max_length, packing=False, assistant_only_loss=chat,
+        completion_only_loss=not chat, dataset_num_proc=None, include_num_input_tokens_seen=True,
+    )  # fmt: skip
+    return SFTTrainer(model=model, args=config, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer)
+
+
+def _translate(row: dict) -> dict:
+    names = {"mean_token_accuracy": "token_accuracy", "eval_mean_token_accuracy": "eval_token_accuracy"}
+    return {names.get(k, k): v for k, v in row.items()}
+
+
+if __name__ == "__main__":
+    runtime.run(main, SFTArguments)

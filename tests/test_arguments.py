@@ -1,0 +1,125 @@
+"""Arguments: YAML first, command line wins, and every mistake is one sentence that says where."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline import arguments as A
+from pipeline.arguments import PPOArguments, PretrainArguments, SFTArguments, parse
+from pipeline.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+STAGE_ARGUMENTS = {
+    "tokenizer": A.TokenizerArguments, "pretrain": A.PretrainArguments, "sft": A.SFTArguments,
+    "preferences": A.PreferencesArguments, "reward": A.RewardArguments, "ppo": A.PPOArguments,
+    "evaluate": A.EvaluateArguments, "report": A.ReportArguments,
+}  # fmt: skip
+
+
+def config(tmp_path: Path, text: str) -> str:
+    file = tmp_path / "some.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+def test_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
+    file = config(tmp_path, "max_steps: 7\nlearning_rate: 1.0e-4\ngradient_checkpointing: true\n")
+    args = parse(SFTArguments, ["--config", file, "--max_steps", "9", "--max-length=55"])
+    assert (args.max_steps, args.learning_rate, args.max_length) == (9, 1e-4, 55)
+    assert args.gradient_checkpointing is True
+    assert args.warmup_steps == SFTArguments.warmup_steps
+
+
+def test_run_dir_moves_every_folder() -> None:
+    args = parse(PPOArguments, ["--run_dir", "runs/x"])
+    assert (args.output_dir, args.model_name_or_path, args.reward) == ("runs/x/ppo", "runs/x/sft", ["runs/x/reward"])
+
+
+def test_lists_and_none(tmp_path: Path) -> None:
+    file = config(tmp_path, "reward: [a, 'b:c']\nreward_weights: [1, 0.5]\ntarget_kl: null\n")
+    args = parse(PPOArguments, ["--config", file])
+    assert (args.reward, args.reward_weights, args.target_kl) == (["a", "b:c"], [1.0, 0.5], None)
+
+
+@pytest.mark.parametrize(
+    ("yaml_text", "words", "parts"),
+    [
+        ("learning_rat: 1", [], ["some.yaml", "'learning_rat'", "did you mean 'learning_rate'"]),
+        ("", ["--lerning_rate", "1"], ["command line", "'lerning_rate'", "did you mean 'learning_rate'"]),
+        ("max_steps: 1.5", [], ["some.yaml", "max_steps", "'1.5'", "int"]),
+        ("", ["--max_steps", "many"], ["command line", "max_steps", "'many'", "int"]),
+        ("learning_rate: fast", [], ["some.yaml", "learning_rate", "float"]),
+        ("gradient_checkpointing: perhaps", [], ["gradient_checkpointing", "bool"]),
+        ("mixed_precision: fp8", [], ["mixed_precision", "fp8", "bf16"]),
+        ("lr_scheduler_type: spiral", [], ["lr_scheduler_type", "cosine"]),
+        ("max_steps: {a: 1}", [], ["some.yaml", "max_steps", "not a mapping"]),
+        ("a: b: c", [], ["some.yaml", "not valid YAML"]),
+        ("- max_steps", [], ["some.yaml", "key: value"]),
+        ("max_steps: 0", [], ["max_steps", "too small"]),
+        ("learning_rate: -1", [], ["learning_rate", "above 0"]),
+        ("", ["sft"], ["'sft'", "before any --field"]),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, yaml_text: str, words: list[str], parts: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        parse(SFTArguments, ["--config", config(tmp_path, yaml_text), *words])
+    assert all(part in str(error.value) for part in parts), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_missing_config_file() -> None:
+    with pytest.raises(UserError, match=r"configs/nothing\.yaml does not exist"):
+        parse(SFTArguments, ["--config", "configs/nothing.yaml"])
+    with pytest.raises(UserError, match="needs a YAML file"):
+        parse(SFTArguments, ["--config"])
+
+
+@pytest.mark.parametrize("kind", [*STAGE_ARGUMENTS.values(), A.ChatArguments])
+def test_every_field_is_explained_in_help(kind: type, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        parse(kind, ["--help"])
+    assert leaving.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(kind):
+        assert f"--{field.name}" in text
+    assert "\"\"\"" not in text and len(text) > 40 * len(dataclasses.fields(kind))
+
+
+PRESETS = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "accelerate")
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_presets_parse_and_every_key_says_why(path: Path) -> None:
+    args = parse(STAGE_ARGUMENTS[path.stem], ["--config", str(path)])
+    assert args.preset == path.parent.name
+    own_name = {"preset", "dataset"}
+    for line in path.read_text().splitlines():
+        if line and not line.startswith(("#", " ")):
+            assert "#" in line or line.split(":")[0] in own_name, f"{path.name}: {line} has no comment"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_parses_its_files(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    raw = yaml.safe_load(path.read_text())
+    parsed = load_config_from_file(str(path))
+    assert parsed.num_processes == raw["num_processes"] and parsed.distributed_type.value == raw["distributed_type"]
+    args = launch_command_parser().parse_args(["--config_file", str(path), "-m", "stages.sft"])
+    if raw["distributed_type"] == "DEEPSPEED":
+        pytest.importorskip("deepspeed", reason="accelerate checks DeepSpeed files further only with deepspeed installed")
+    args, defaults, _ = _validate_launch_command(args)
+    assert args.num_processes == raw["num_processes"]
+    assert args.use_fsdp == (raw["distributed_type"] == "FSDP")
+    if args.use_fsdp:
+        assert str(args.fsdp_version) == "2" and args.fsdp_state_dict_type == "FULL_STATE_DICT"
+
+
+def test_pretrain_defaults_describe_a_legal_shape() -> None:
+    args = PretrainArguments()
+    assert args.num_attention_heads % args.num_key_value_heads == 0 and args.block_size <= args.max_position_embeddings
+
+

@@ -1,0 +1,67 @@
+"""Checkpoints are complete and verified, or passed over."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.checkpoint import fault_of, latest_checkpoint, save_checkpoint, seal, write_json
+
+
+def writer(text: str):
+    return lambda folder: (folder / "state.bin").write_text(text)
+
+
+def test_the_newest_is_found_and_old_ones_go(tmp_path: Path) -> None:
+    for step in (1, 2, 10):
+        save_checkpoint(tmp_path, step, writer(str(step)), keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000010"]
+    assert (latest_checkpoint(tmp_path) / "state.bin").read_text() == "10"
+
+
+@pytest.mark.parametrize("damage", ["flip a byte", "cut", "lose a file", "lose the manifest", "spoil the manifest"])
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(tmp_path: Path, damage: str) -> None:
+    save_checkpoint(tmp_path, 1, writer("one"))
+    newest = save_checkpoint(tmp_path, 2, writer("two"))
+    state, manifest = newest / "state.bin", newest / "manifest.json"
+    {
+        "flip a byte": lambda: state.write_text("twp"),
+        "cut": lambda: state.write_text("tw"),
+        "lose a file": state.unlink,
+        "lose the manifest": manifest.unlink,
+        "spoil the manifest": lambda: manifest.write_text("{"),
+    }[damage]()
+    said: list[str] = []
+    assert latest_checkpoint(tmp_path, said.append).name == "step-00000001"
+    assert len(said) == 1 and "step-00000002" in said[0]
+
+
+def test_a_kill_while_writing_leaves_the_one_before(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 1, writer("one"))
+
+    def dies(folder: Path) -> None:
+        (folder / "state.bin").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, 2, dies)
+    assert latest_checkpoint(tmp_path).name == "step-00000001"
+    save_checkpoint(tmp_path, 2, writer("two"))  # the remains are in nobody's way
+    assert latest_checkpoint(tmp_path).name == "step-00000002"
+
+
+def test_sealed_trainer_folders_count_and_unsealed_ones_do_not(tmp_path: Path) -> None:
+    for step in (5, 7):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "optimizer.pt").write_text("x")
+    seal(tmp_path / "checkpoint-5")
+    assert fault_of(tmp_path / "checkpoint-5") is None
+    assert latest_checkpoint(tmp_path, lambda _: None).name == "checkpoint-5"
+    assert latest_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_json_is_never_half_written(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    write_json(file, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(file, {"a": object()})
+    assert '"a": 1' in file.read_text()
