@@ -228,7 +228,7 @@ class Decoder:
 
     def forward(self, tokens: Tensor) -> Tensor:
         """The next T tokens of each row, (B, T) long → fp32 logits after the last of them, (B, V)."""
-        (rows, count), start = tokens.shape, self.filled
+        count, start = tokens.shape[1], self.filled
         self.filled = end = start + count
         slots = torch.arange(start, end, device=tokens.device)
         positions = (slots - self.starts[:, None]).clamp_(min=0)
