@@ -1,0 +1,177 @@
+"""The mathematics of PPO for language models: pure functions on tensors.
+
+Names: B answers, R response tokens (padded), N real tokens of a micro-batch laid end to end, V vocabulary, D width.
+A *mask* is a bool tensor that is True on real tokens; it comes from lengths, never from comparing ids with a pad id,
+so a pad token that is also the end token does no harm. Sums run over real tokens only.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sum of a tensor over all processes."""
+
+CHUNK_ELEMENTS = 2**24
+"""Logits that exist at a time: 64 MB in fp32."""
+
+
+def length_mask(lengths: Tensor, width: int) -> Tensor:
+    """(B,) lengths → (B, width) bool, True on the first `lengths[i]` places of row i."""
+    return torch.arange(width, device=lengths.device) < lengths[:, None]
+
+
+def masked_mean(values: Tensor, mask: Tensor, reduce: Reduce | None = None) -> Tensor:
+    """Mean of `values` where `mask` is True, over all processes if `reduce` is given; 0 where nothing is."""
+    sums = torch.stack([values[mask].sum(), mask.sum().to(values.dtype)])
+    total, count = reduce(sums) if reduce else sums
+    return total / count.clamp(min=1)
+
+
+def masked_whiten(values: Tensor, mask: Tensor, reduce: Reduce | None = None) -> Tensor:
+    """Shift and scale to mean 0 and (unbiased) variance 1 over real tokens of all processes; 0 elsewhere.
+
+    Two passes, mean first, so that a large common offset costs no precision.
+    """
+    mean = masked_mean(values, mask, reduce)
+    squares = torch.stack([((values - mean)[mask] ** 2).sum(), mask.sum().to(values.dtype)])
+    total, count = reduce(squares) if reduce else squares
+    variance = total / (count - 1).clamp(min=1)
+    return torch.where(mask, (values - mean) * torch.rsqrt(variance + 1e-8), 0.0)
+
+
+# --- log-probabilities ------------------------------------------------------------------------------------------------
+
+
+def response_positions(prompt_lengths: Tensor, response_lengths: Tensor, width: int) -> Tensor:
+    """(B, width) bool: the places whose hidden state predicts a response token.
+
+    Row i holds prompt, response, padding; the token at place p is predicted at p − 1, so the mask covers
+    [P_i − 1, P_i + R_i − 1). The hidden state there is also the state s_t whose value V(s_t) the critic tells.
+    """
+    place = torch.arange(width, device=prompt_lengths.device)
+    start = prompt_lengths[:, None] - 1
+    return (place >= start) & (place < start + response_lengths[:, None])
+
+
+def logprobs_from_hidden(
+    hidden: Tensor,
+    targets: Tensor,
+    head: Callable[[Tensor], Tensor],
+    vocab_size: int,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> tuple[Tensor, Tensor | None]:
+    """log softmax(head(hidden) / temperature)[targets], and the entropy of that distribution where asked for.
+
+    `hidden` (N, D), `targets` (N,) long → (N,) float32 each; the entropy carries no gradient. About `chunk_elements`
+    logits exist at a time: of several chunks each one is computed again in the backward pass.
+    """
+
+    def chunk(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        logprobs = F.log_softmax(head(h).float() / temperature, dim=-1)
+        spread = -(logprobs.exp() * logprobs).sum(-1).detach() if entropy else None
+        return logprobs.gather(-1, y[:, None]).squeeze(-1), spread
+
+    rows = max(1, chunk_elements // vocab_size)
+    if len(targets) <= rows:
+        return chunk(hidden, targets)
+    parts = [
+        checkpoint(chunk, h, y, use_reentrant=False) if torch.is_grad_enabled() else chunk(h, y)
+        for h, y in zip(hidden.split(rows), targets.split(rows), strict=True)
+    ]
+    logprobs, entropies = zip(*parts, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies) if entropy else None
+
+
+# --- KL, rewards, advantages ------------------------------------------------------------------------------------------
+
+
+def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """log π − log π_ref of the sampled token: unbiased for KL(π‖π_ref), may be negative (joschu.net/blog/kl-approx)."""
+    return logprobs - ref_logprobs
+
+
+def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """(r − 1) − log r with r = π_ref/π: unbiased as well, never negative, less spread."""
+    log_ratio = ref_logprobs - logprobs
+    return torch.expm1(log_ratio) - log_ratio
+
+
+def place_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, kl_coef: float) -> Tensor:
+    """r_t = −β·KL_t, and the score on the last real token: the end token, or the last one of a truncated answer.
+
+    `scores` (B,), `kl` (B, R), `lengths` (B,) ≥ 1 → (B, R), 0 on padding.
+    """
+    mask = length_mask(lengths, kl.shape[1])
+    rewards = torch.where(mask, -kl_coef * kl, 0.0)
+    last = (lengths - 1)[:, None]
+    return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
+
+
+def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float = 1.0, lam: float = 0.95) -> Tensor:
+    """Generalised advantage estimation (arXiv 1506.02438), an episode ending at its last real token.
+
+        δ_t = r_t + γ·V_{t+1} − V_t        A_t = δ_t + γλ·A_{t+1}        V, A = 0 after the end
+
+    `rewards`, `values` (B, R), `lengths` (B,) → (B, R), 0 on padding. λ = 1: Monte-Carlo return − V; λ = 0: δ_t.
+    """
+    mask = length_mask(lengths, rewards.shape[1])
+    values = torch.where(mask, values, 0.0)
+    following = F.pad(values[:, 1:], (0, 1))
+    deltas = torch.where(mask, rewards + gamma * following - values, 0.0)
+    advantages = torch.empty_like(deltas)
+    running = torch.zeros_like(deltas[:, 0])
+    for t in reversed(range(deltas.shape[1])):
+        running = deltas[:, t] + gamma * lam * running
+        advantages[:, t] = running
+    return advantages
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cliprange: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped surrogate of PPO (arXiv 1707.06347), eq. 7, **summed** over tokens.
+
+        max(−A·ρ, −A·clip(ρ, 1−ε, 1+ε)),   ρ = π/π_old
+
+    All arguments (N,). The caller divides by the token count of the whole mini-batch on all processes, so neither the
+    micro-batch size nor the number of processes changes the gradient. Also returns sums for the log, where
+    approxkl is ½(log ρ)² and ratio_var the mean square of ρ − 1.
+    """
+    log_ratio = logprobs - old_logprobs
+    ratio = log_ratio.exp()
+    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    with torch.no_grad():
+        sums = {
+            "policy/approxkl_avg": 0.5 * (log_ratio**2).sum(),
+            "policy/clipfrac_avg": (clipped > plain).float().sum(),
+            "val/ratio": ratio.sum(),
+            "val/ratio_var": ((ratio - 1) ** 2).sum(),
+        }
+    return torch.maximum(plain, clipped).sum(), sums
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """½·max((V − G)², (clip(V, V_old ± ε) − G)²), **summed** over tokens; all arguments (N,)."""
+    clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    plain_loss, clipped_loss = (values - returns) ** 2, (clipped - returns) ** 2
+    sums = {"val/clipfrac_avg": (clipped_loss > plain_loss).float().sum().detach()}
+    return 0.5 * torch.maximum(plain_loss, clipped_loss).sum(), sums
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, reduce: Reduce | None = None) -> Tensor:
+    """1 − Var(G − V)/Var(G) over real tokens of all processes; 1 is a perfect critic, 0 a constant, 0 if Var(G) = 0."""
+    error = returns - values
+    spread = masked_mean((returns - masked_mean(returns, mask, reduce)) ** 2, mask, reduce)
+    left = masked_mean((error - masked_mean(error, mask, reduce)) ** 2, mask, reduce)
+    return torch.where(spread > 0, 1 - left / spread, 0.0)

@@ -1,0 +1,157 @@
+"""What one update learns from: prompts, sampled answers, scores, log-probabilities and values."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.ppo.algorithm import length_mask, response_positions
+
+Plan = list[list[Tensor]]
+"""Mini-batches of micro-batches of row numbers."""
+
+
+class Prompts:
+    """Prompts as token ids, in a seeded order that starts anew each epoch.
+
+    `rows` has a column `prompt` (text, or a list of messages); the others go to the rewards. Raises UserError for a
+    missing column, an empty set, and a prompt that leaves no room for `response_length` tokens in `context`.
+    """
+
+    def __init__(self, rows: Any, tokenizer: Any, response_length: int, context: int | None, name: str) -> None:
+        if len(rows) == 0:
+            raise UserError(f"{name} has no rows; give it at least one prompt")
+        if "prompt" not in rows[0]:
+            raise UserError(f"{name} has no column 'prompt' but {', '.join(map(repr, rows[0]))}; rename the column")
+        self.rows = rows
+        self.ids = encode_prompts([row["prompt"] for row in rows], tokenizer)
+        for i, ids in enumerate(self.ids):
+            if not ids:
+                raise UserError(f"{name}, row {i}: the prompt is empty; give it at least one token")
+            if context is not None and len(ids) + response_length > context:
+                raise UserError(
+                    f"{name}, row {i}: a prompt of {len(ids)} tokens and an answer of {response_length} do not fit the "
+                    f"model's context of {context}; shorten the prompt or response_length"
+                )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, indices: Sequence[int]) -> "PromptBatch":
+        """The rows of `indices`, with each column as a list."""
+        rows = [self.rows[int(i)] for i in indices]
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        return PromptBatch([self.ids[int(i)] for i in indices], [row["prompt"] for row in rows], columns)
+
+    def order(self, start: int, count: int, seed: int) -> list[int]:
+        """Places `start` … `start + count − 1` of the endless sequence of shuffled epochs."""
+        chosen: list[int] = []
+        while len(chosen) < count:
+            epoch, place = divmod(start + len(chosen), len(self))
+            shuffled = torch.randperm(len(self), generator=seeded(seed, 1, epoch)).tolist()
+            chosen += shuffled[place : place + count - len(chosen)]
+        return chosen
+
+
+@dataclass
+class PromptBatch:
+    """Some prompts: token ids, as the data set has them, and the columns beside them."""
+
+    ids: list[list[int]]
+    prompts: list[Any]
+    columns: dict[str, list]
+
+
+@dataclass
+class Rollout:
+    """One process's answers of an update. B answers, T sequence and R response width; rows are padded on the right."""
+
+    sequences: Tensor  # (B, T) long: prompt, response, padding
+    prompt_lengths: Tensor  # (B,) long
+    response_lengths: Tensor  # (B,) long, the end token counted
+    ended: Tensor  # (B,) bool: an end token was sampled
+    scores: Tensor  # (B,) float, the penalty for a missing end token taken off
+    logprobs: Tensor = field(init=False)  # (B, R) of the policy that sampled
+    ref_logprobs: Tensor = field(init=False)  # (B, R)
+    entropy: Tensor = field(init=False)  # (B, R)
+    values: Tensor = field(init=False)  # (B, R)
+    advantages: Tensor = field(init=False)  # (B, R)
+    returns: Tensor = field(init=False)  # (B, R)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) real tokens of prompt and response."""
+        return self.prompt_lengths + self.response_lengths
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, R) bool, True on response tokens."""
+        return length_mask(self.response_lengths, int(self.response_lengths.max()))
+
+    def inputs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """ids (b, t) and predicting places (b, t) of some rows, cut to the longest of them."""
+        width = int(self.lengths[rows].max())
+        predicts = response_positions(self.prompt_lengths[rows], self.response_lengths[rows], width)
+        return self.sequences[rows, :width], predicts
+
+    def flat(self, values: Tensor, rows: Tensor) -> Tensor:
+        """(B, R) → (N,): the real tokens of some rows, laid end to end in the order of the forward passes."""
+        mask = length_mask(self.response_lengths[rows], values.shape[1])
+        return values[rows][mask]
+
+    @torch.no_grad()
+    def per_token(self, forward: Callable[..., Any], plan: Plan, outputs: int = 1) -> list[Tensor]:
+        """Run `forward(ids, predicts)` over a plan's micro-batches and lay its (N,) outputs out as (B, R)."""
+        found = [torch.zeros(self.mask.shape, device=self.sequences.device) for _ in range(outputs)]
+        for rows in (rows for mini_batch in plan for rows in mini_batch):
+            result = forward(*self.inputs(rows))
+            mask = length_mask(self.response_lengths[rows], self.mask.shape[1])
+            for table, flat in zip(found, result if outputs > 1 else [result], strict=True):
+                table[rows] = torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat.float())
+        return found
+
+
+def plan_epoch(lengths: Tensor, num_mini_batches: int, micro_batch_size: int, generator: torch.Generator) -> Plan:
+    """Shuffle rows into mini-batches; within each, sort by length and cut into micro-batches, so short rows cost less.
+
+    The loss is a sum over tokens, so the cut changes speed and memory but not the gradient.
+    """
+    order = torch.randperm(len(lengths), generator=generator).to(lengths.device)
+    plan = []
+    for rows in order.chunk(num_mini_batches):
+        rows = rows[lengths[rows].argsort(descending=True, stable=True)]
+        plan.append(list(rows.split(micro_batch_size)))
+    return plan
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """A CPU generator for this combination of numbers; nothing has to be saved to draw the same again."""
+    state = 0
+    for number in numbers:  # splitmix64 over the numbers: neighbouring seeds give unrelated streams
+        state = (state + number + 0x9E3779B97F4A7C15) % 2**64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
+        state ^= state >> 31
+    return torch.Generator().manual_seed(state % 2**63)
+
+
+def encode_prompts(prompts: list[Any], tokenizer: Any) -> list[list[int]]:
+    """Token ids of each prompt: text as it is, messages through the chat template up to where the answer starts."""
+    if isinstance(prompts[0], str):
+        return tokenizer(prompts)["input_ids"]
+    texts = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=False)
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def decode_completions(samples: Any, prompts: list[Any], tokenizer: Any) -> list[Any]:
+    """Answers without their end token, as text, or as one assistant message where the prompt is a list of messages."""
+    ends = samples.prompt_lengths + samples.response_lengths - samples.ended.long()
+    spans = zip(samples.sequences.tolist(), samples.prompt_lengths.tolist(), ends.tolist(), strict=True)
+    texts = tokenizer.batch_decode([row[start:end] for row, start, end in spans], skip_special_tokens=True)
+    return [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for text, prompt in zip(texts, prompts, strict=True)
+    ]

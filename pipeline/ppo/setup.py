@@ -1,0 +1,75 @@
+"""What a PPO trainer builds and checks before it starts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from pipeline.errors import UserError
+from pipeline.ppo_config import PPOConfig
+from pipeline.rewards import RewardFunction, WeightedRewards
+from pipeline.runtime import use_bf16
+
+
+def build_accelerator(args: PPOConfig) -> Accelerator:
+    """An Accelerator for use without a stage."""
+    precision = "bf16" if use_bf16(args.mixed_precision) else "no"
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
+
+
+def build_optimizer(model: nn.Module, args: PPOConfig, learning_rate: float) -> torch.optim.AdamW:
+    """AdamW whose weight decay leaves out norms and biases."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": args.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    betas = (args.adam_beta1, args.adam_beta2)
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], learning_rate, betas=betas, eps=args.adam_epsilon, fused=True
+    )
+
+
+def end_tokens_of(policy: nn.Module, tokenizer: Any) -> list[int]:
+    """Ids at which an answer ends: those of the policy's generation config, else the tokenizer's."""
+    ends = getattr(getattr(policy, "generation_config", None), "eos_token_id", None)
+    ends = tokenizer.eos_token_id if ends is None else ends
+    if ends is None:
+        raise UserError("neither the policy's generation_config nor its tokenizer names an end token; set eos_token_id")
+    return list(ends) if isinstance(ends, list | tuple) else [ends]
+
+
+def combine_rewards(rewards: RewardFunction | Sequence[RewardFunction]) -> RewardFunction:
+    """One reward, or several added up, with every value checked."""
+    if isinstance(rewards, WeightedRewards):
+        return rewards
+    functions = [rewards] if callable(rewards) else list(rewards)
+    if not functions:
+        raise UserError("no reward is given; pass at least one function or reward model")
+    named = [(getattr(f, "path", getattr(f, "__name__", type(f).__name__)), f, 1.0) for f in functions]
+    return WeightedRewards(named)
+
+
+def check_config(args: PPOConfig, world: int, tokenizer: Any) -> None:
+    """Raise UserError for values that make no sense, alone or together."""
+    if tokenizer is None:
+        raise UserError("processing_class is missing; pass the policy's tokenizer")
+    if args.batch_size % (world * args.num_mini_batches):
+        raise UserError(
+            f"batch_size {args.batch_size} must be a multiple of num_mini_batches × processes = "
+            f"{args.num_mini_batches} × {world}; change one of them"
+        )
+    counts = ("total_episodes", "batch_size", "num_mini_batches", "num_ppo_epochs", "per_device_train_batch_size",
+              "response_length", "logging_steps")  # fmt: skip
+    for name in counts:
+        if getattr(args, name) < 1:
+            raise UserError(f"{name}: {getattr(args, name)} is too small; give a positive whole number")
+    positive = ("temperature", "learning_rate", "critic_learning_rate", "cliprange", "cliprange_value", "max_grad_norm")
+    for name in positive:
+        if not getattr(args, name) > 0:
+            raise UserError(f"{name}: {getattr(args, name)} must be above 0")
+    for name in ("gamma", "lam", "lam_value"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"{name}: {getattr(args, name)} must lie between 0 and 1")

@@ -1,0 +1,176 @@
+"""Where rewards come from: reward models with their own tokenizers, Python functions, and weighted sums of them.
+
+A reward is any `f(prompts, completions, **columns) -> list[float]`. Prompts and completions come as in the data set,
+text or lists of messages; the set's other columns come by name. No token ids cross this border, so a reward model may
+have another tokenizer and chat template than the policy.
+"""
+
+import importlib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+from pipeline.runtime import use_bf16
+from reward_data.formats import text_of
+
+RewardFunction = Callable[..., list[float]]
+
+
+class RewardModel:
+    """A sequence classifier with one label as a reward: text in, score out.
+
+    A conversation is rendered by the model's own chat template; plain text is prompt + completion + its end token, as
+    TRL's RewardTrainer trains it. The score is read at the last real token, found by length. If config.json has
+    `reward_mean` and `reward_std`, the score is (r − mean)/std.
+    """
+
+    def __init__(
+        self, path: str, device: torch.device | str | None = None, mixed_precision: str = "auto", batch_size: int = 64
+    ) -> None:
+        from pipeline.models import load_reward, load_tokenizer
+
+        self.path, self.batch_size = str(path), batch_size
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.bf16 = use_bf16(mixed_precision)
+        self.tokenizer = load_tokenizer(path)
+        self.model: nn.Module = load_reward(path).to(self.device).eval().requires_grad_(False)
+        if self.model.config.num_labels != 1:
+            raise UserError(f"{path} is a classifier with {self.model.config.num_labels} labels; a reward needs one")
+        self.mean = float(getattr(self.model.config, "reward_mean", 0.0))
+        self.std = float(getattr(self.model.config, "reward_std", 1.0))
+        self.context = getattr(self.model.config, "max_position_embeddings", None)
+
+    def __call__(self, prompts: list[Any], completions: list[Any], **columns: list) -> list[float]:
+        """One score a row."""
+        rows = self._encode(prompts, completions)
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        scores = [0.0] * len(rows)
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            for i, score in zip(chosen, self._forward([rows[i] for i in chosen]).tolist(), strict=True):
+                scores[i] = (score - self.mean) / self.std
+        return scores
+
+    def _encode(self, prompts: list[Any], completions: list[Any]) -> list[list[int]]:
+        texts = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            if isinstance(prompt, str):
+                texts.append(prompt + text_of(completion) + (self.tokenizer.eos_token or ""))
+            else:
+                answer = [{"role": "assistant", "content": text_of(completion)}]
+                texts.append(self.tokenizer.apply_chat_template([*prompt, *answer], tokenize=False))
+        special = bool(prompts) and isinstance(prompts[0], str)
+        rows = self.tokenizer(texts, add_special_tokens=special)["input_ids"]
+        # A tokenizer of its own may need more tokens than the policy's: keep the end, where the score is read.
+        return [row[-self.context :] if self.context else row for row in rows]
+
+    @torch.no_grad()
+    def _forward(self, rows: list[list[int]]) -> Tensor:
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        width = int(lengths.max())
+        pad = self.tokenizer.pad_token_id or 0
+        ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=self.device)
+        mask = (torch.arange(width, device=self.device) < lengths[:, None]).long()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            if not isinstance(getattr(self.model, "score", None), nn.Linear):
+                return self.model(input_ids=ids, attention_mask=mask).logits.squeeze(-1).float()
+            hidden = self.model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
+        last = hidden[torch.arange(len(rows), device=self.device), lengths - 1]
+        return self.model.score(last.float()).squeeze(-1)
+
+
+class WeightedRewards:
+    """Σ weight · reward, each source checked: it must not raise and must give one finite number a row."""
+
+    def __init__(self, sources: Sequence[tuple[str, RewardFunction, float]]) -> None:
+        self.sources = list(sources)
+
+    def __call__(self, prompts: list[Any], completions: list[Any], **columns: list) -> list[float]:
+        """The weighted sum for each row; UserError names the source and the row that went wrong."""
+        totals = [0.0] * len(prompts)
+        for name, function, weight in self.sources:
+            for i, value in enumerate(checked(name, function, prompts, completions, columns)):
+                totals[i] += weight * value
+        return totals
+
+
+def checked(
+    name: str, function: RewardFunction, prompts: list[Any], completions: list[Any], columns: dict[str, list]
+) -> list[float]:
+    """Call a reward and check what comes back."""
+    try:
+        values = function(prompts, completions, **columns)
+    except Exception as error:
+        row = _first_failing_row(function, prompts, completions, columns)
+        where = "the whole batch, no single row alone" if row is None else f"row {row} ({_short(completions[row])})"
+        raise UserError(f"reward {name} raised {type(error).__name__}: {error}, on {where}; mend the reward") from error
+    try:
+        values = [float(value) for value in values]
+    except (TypeError, ValueError):
+        raise UserError(f"reward {name} returned {_short(values)} instead of a list of numbers") from None
+    if len(values) != len(prompts):
+        raise UserError(f"reward {name} returned {len(values)} values for {len(prompts)} rows; return one a row")
+    for i, value in enumerate(values):
+        if not math.isfinite(value):
+            raise UserError(f"reward {name} returned {value} on row {i} ({_short(completions[i])}); it must be finite")
+    return values
+
+
+def load_rewards(
+    names: Sequence[str],
+    weights: Sequence[float] | None = None,
+    device: torch.device | str | None = None,
+    mixed_precision: str = "auto",
+) -> WeightedRewards:
+    """Rewards by name: `module:function` is imported, anything else is the folder or hub name of a reward model."""
+    if not names:
+        raise UserError("no reward is given; name at least one reward model or function")
+    weights = [1.0] * len(names) if weights is None else list(weights)
+    if len(weights) != len(names):
+        raise UserError(f"{len(weights)} reward_weights for {len(names)} rewards; give one weight a reward")
+    functions = [
+        load_function(name) if is_function_name(name) else RewardModel(name, device, mixed_precision) for name in names
+    ]
+    return WeightedRewards(list(zip(names, functions, weights, strict=True)))
+
+
+def is_function_name(name: str) -> bool:
+    """Whether a name is `package.module:function` and not a path."""
+    module, colon, function = name.partition(":")
+    return bool(colon) and function.isidentifier() and not Path(name).exists() and "/" not in module
+
+
+def load_function(name: str) -> RewardFunction:
+    """Import `package.module:function`; the current folder is searched too."""
+    module, _, function = name.partition(":")
+    if "" not in sys.path and "." not in sys.path:
+        sys.path.append(".")
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except ImportError as error:
+        raise UserError(f"reward {name}: importing {module} failed ({error}); check the spelling") from error
+    if not callable(found):
+        raise UserError(f"reward {name}: the module {module} has no function {function}")
+    return found
+
+
+def _first_failing_row(
+    function: RewardFunction, prompts: list[Any], completions: list[Any], columns: dict[str, list]
+) -> int | None:
+    for i in range(len(prompts)):
+        try:
+            function([prompts[i]], [completions[i]], **{name: [column[i]] for name, column in columns.items()})
+        except Exception:
+            return i
+    return None
+
+
+def _short(value: Any) -> str:
+    text = text_of(value) if isinstance(value, list) and value and isinstance(value[0], dict) else str(value)
+    return repr(text if len(text) <= 60 else text[:57] + "…")
