@@ -83,6 +83,7 @@ class Sampling:
         return logprobs
 
 
+@torch.inference_mode(False)  # the caller's inference mode would leave tensors that autograd refuses
 def generate(
     model: PreTrainedModel,
     prompts: list[list[int]],
@@ -375,6 +376,8 @@ def _respond_with_transformers(
 
 
 def _check_lengths(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int) -> None:
+    if max_new_tokens < 1 or not prompts:
+        raise UserError(f"nothing to sample: max_new_tokens is {max_new_tokens}" if prompts else "no prompts to answer")
     limit = getattr(model.config, "max_position_embeddings", None)
     for index, prompt in enumerate(prompts):
         if not prompt:

@@ -1,0 +1,288 @@
+"""The sampler: greedy equals transformers, log-probs equal the training forward's, draws follow the distribution."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+
+from pipeline.gpt import GPTForCausalLM
+from pipeline.runtime import UserError
+from pipeline.sampler import Sampling, generate, stream
+
+PAD, END = 0, 1
+VOCABULARY = 40
+
+
+def config(**changes) -> Qwen3Config:
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 64,
+        "pad_token_id": PAD,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.15,
+    }
+    return Qwen3Config(**settings | changes)
+
+
+def gpt(**changes) -> GPTForCausalLM:
+    torch.manual_seed(0)
+    model = GPTForCausalLM(config(**changes)).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> GPTForCausalLM:
+    return gpt()
+
+
+def prompts(count: int = 12, seed: int = 1) -> list[list[int]]:
+    """Prompts of 1 to 9 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 10, (count,), generator=generator).tolist()
+    return [torch.randint(2, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def responses(samples) -> list[list[int]]:
+    rows = zip(samples.sequences.tolist(), samples.prompt_lengths, samples.response_lengths, strict=True)
+    return [row[p : p + r] for row, p, r in rows]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_key_value_heads": 4, "tie_word_embeddings": False}, {"attention_bias": True}]
+)
+def test_greedy_equals_transformers_token_for_token(changes):
+    ours = gpt(**changes)
+    stock = Qwen3ForCausalLM(ours.config).eval()
+    stock.load_state_dict(ours.state_dict())
+    settings = {"max_new_tokens": 20, "temperature": 0, "pad_token_id": PAD}
+    endless = responses(generate(ours, prompts(), eos_token_id=END, **settings))
+    ends = [END, endless[0][6]]  # a token that the model does say
+    samples = generate(ours, prompts(), eos_token_id=ends, **settings)
+    for prompt, response, ended in zip(prompts(), responses(samples), samples.ended, strict=True):
+        output = stock.generate(
+            torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=ends, pad_token_id=PAD
+        )
+        assert response == output[0, len(prompt) :].tolist()
+        assert bool(ended) == (response[-1] in ends)
+    assert samples.ended.any()
+
+
+def test_layout_of_the_result(model):
+    samples = generate(
+        model, prompts(), max_new_tokens=10, eos_token_id=[END, 5, 6, 7], pad_token_id=PAD, generator=seeded()
+    )
+    longest = int(samples.response_lengths.max())
+    assert samples.logprobs.shape == (12, longest)
+    assert samples.sequences.shape == (12, max(map(len, prompts())) + longest)
+    assert samples.prompt_lengths.tolist() == [len(prompt) for prompt in prompts()]
+    for i, (prompt, response) in enumerate(zip(prompts(), responses(samples), strict=True)):
+        length = len(response)
+        row = samples.sequences[i]
+        assert row[: len(prompt)].tolist() == prompt
+        assert (row[len(prompt) + length :] == PAD).all()  # nothing after the end token
+        assert not any(token in (END, 5, 6, 7) for token in response[:-1])
+        assert bool(samples.ended[i]) == (response[-1] in (END, 5, 6, 7))
+        assert samples.ended[i] or length == 10
+        assert (samples.logprobs[i, :length] < 0).all()
+        assert (samples.logprobs[i, length:] == 0).all()
+    assert samples.ended.any()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_equal_the_training_forward(model, temperature):
+    samples = generate(
+        model, prompts(), max_new_tokens=16, temperature=temperature, top_k=8, eos_token_id=END, pad_token_id=PAD,
+        generator=seeded(),
+    )  # fmt: skip
+    logprobs = (model(samples.sequences).logits / temperature).log_softmax(-1)  # right padding needs no mask
+    for i in range(len(samples.sequences)):
+        start, length = int(samples.prompt_lengths[i]), int(samples.response_lengths[i])
+        tokens = samples.sequences[i, start : start + length]
+        expected = logprobs[i, start - 1 : start + length - 1].gather(1, tokens[:, None])[:, 0]
+        torch.testing.assert_close(samples.logprobs[i, :length], expected.detach(), rtol=0, atol=1e-4)
+
+
+def test_the_result_is_usable_in_autograd(model):
+    with torch.inference_mode():
+        samples = generate(model, prompts(), max_new_tokens=4, eos_token_id=END, pad_token_id=PAD)
+    loss = (model(samples.sequences).logits.logsumexp(-1)[:, :1] * samples.logprobs[:, :1]).sum()
+    loss.backward()
+    assert model.model.embed_tokens.weight.grad.abs().sum() > 0
+    model.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "filters", [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}, {"top_k": 5, "top_p": 0.8}]
+)
+def test_draws_follow_the_distribution(filters):
+    """Chi-square of 20,000 draws against the distribution written down by hand."""
+    logits = torch.tensor([2.0, 1.5, 1.0, 0.0, -0.5, -1.0, -3.0])
+    p = (logits / filters.get("temperature", 1.0)).softmax(-1)
+    allowed = torch.ones(7, dtype=torch.bool)  # the logits are in falling order
+    if "top_k" in filters:
+        allowed[filters["top_k"] :] = False
+    if "top_p" in filters:
+        kept = p * allowed / (p * allowed).sum()
+        allowed &= (kept.cumsum(0) - kept) < filters["top_p"]
+    if "min_p" in filters:
+        allowed &= p >= filters["min_p"] * p.max()
+    expected = p * allowed / (p * allowed).sum()
+    draws = 20_000
+    token, logprob = Sampling(**filters).draw(logits.expand(draws, -1), torch.rand(draws, generator=seeded(3)))
+    counts = torch.bincount(token, minlength=7).float()
+    assert (counts[~allowed] == 0).all()
+    statistic = ((counts - draws * expected) ** 2 / (draws * expected))[allowed].sum().item()
+    # 0.999 quantiles of chi-square with 1 to 6 degrees of freedom
+    assert statistic < [10.8, 13.8, 16.3, 18.5, 20.5, 22.5][int(allowed.sum()) - 2]
+    torch.testing.assert_close(logprob, p.log()[token])  # before the filters
+
+
+def test_a_uniform_next_to_one_never_draws_a_token_of_probability_zero():
+    logits = torch.tensor([[0.3, 0.1, 0.2, float("-inf"), float("-inf")]]).expand(1000, -1) * torch.rand(1000, 1)
+    for uniform in (0.0, 1 - 2**-24):
+        token, _ = Sampling().draw(logits, torch.full((1000,), uniform))
+        assert (token == (0 if uniform == 0 else 2)).all()
+
+
+def test_draws_of_the_whole_loop_follow_the_model(model):
+    prompt, draws = [3, 9, 4], 4000
+    samples = generate(
+        model, [prompt] * draws, max_new_tokens=2, eos_token_id=END, pad_token_id=PAD, generator=seeded(5)
+    )
+    first = samples.sequences[:, 3]
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt])).logits[0, -1].softmax(-1) * draws
+        likely = int(expected.argmax())
+        second = samples.sequences[first == likely, 4]
+        expected_second = model(torch.tensor([[*prompt, likely]])).logits[0, -1].softmax(-1) * len(second)
+    for drawn, expectation in ((first, expected), (second, expected_second)):
+        counts = torch.bincount(drawn, minlength=VOCABULARY).float()
+        common = expectation > 5
+        statistic = ((counts - expectation) ** 2 / expectation)[common].sum().item()
+        freedom = int(common.sum())
+        assert statistic < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_same_seed_same_result_whatever_the_batches(model):
+    def run(seed, **settings):
+        return generate(
+            model, prompts(), max_new_tokens=12, eos_token_id=[END, 5], pad_token_id=PAD, generator=seeded(seed),
+            **settings,
+        )  # fmt: skip
+
+    first = run(0)
+    for again in (run(0), run(0, batch_size=5), run(0, batch_size=1)):
+        assert torch.equal(first.sequences, again.sequences)
+        torch.testing.assert_close(first.logprobs, again.logprobs, rtol=0, atol=1e-5)
+    assert responses(run(1)) != responses(first)
+    torch.manual_seed(4)
+    unseeded = generate(model, prompts(), max_new_tokens=12, eos_token_id=END, pad_token_id=PAD)
+    torch.manual_seed(4)
+    again = generate(model, prompts(), max_new_tokens=12, eos_token_id=END, pad_token_id=PAD)
+    assert torch.equal(unseeded.sequences, again.sequences)
+
+
+def test_the_other_rows_of_a_batch_change_no_greedy_answer(model):
+    settings = {"max_new_tokens": 15, "temperature": 0, "eos_token_id": [END, 5, 7], "pad_token_id": PAD}
+    together = responses(generate(model, prompts(), **settings))
+    for prompt, expected in zip(prompts(), together, strict=True):
+        assert responses(generate(model, [prompt], **settings)) == [expected]
+    assert responses(generate(model, prompts()[::-1], **settings)) == together[::-1]
+
+
+def test_finished_rows_leave_the_batch(model, monkeypatch):
+    from pipeline.sampler import Decoder
+
+    sizes = []
+    forward = Decoder.forward
+    monkeypatch.setattr(Decoder, "forward", lambda self, tokens: sizes.append(len(tokens)) or forward(self, tokens))
+    ends = list(range(1, 12))
+    samples = generate(model, prompts(40), max_new_tokens=30, eos_token_id=ends, pad_token_id=PAD, generator=seeded())
+    assert len(sizes) == samples.response_lengths.max() < 30 or not samples.ended.all()
+    for step, size in enumerate(sizes):
+        running = int((samples.response_lengths > step).sum())
+        assert running <= size < max(2 * running, 2) + 1
+
+
+def test_stream_yields_what_generate_returns(model):
+    for temperature in (0.0, 1.0):
+        settings = {"max_new_tokens": 20, "temperature": temperature, "eos_token_id": [END, 5]}
+        for prompt in prompts(4):
+            expected = responses(generate(model, [prompt], pad_token_id=PAD, generator=seeded(2), **settings))[0]
+            assert list(stream(model, prompt, generator=seeded(2), **settings)) == expected
+
+
+def test_bf16_autocast_on_cpu(model):
+    settings = {"max_new_tokens": 8, "eos_token_id": END, "pad_token_id": PAD}
+    full = generate(model, prompts(), generator=seeded(), **settings)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = generate(model, prompts(), generator=seeded(), **settings)
+    assert half.logprobs.dtype == torch.float32
+    first = full.sequences.gather(1, full.prompt_lengths[:, None]) == half.sequences.gather(
+        1, half.prompt_lengths[:, None]
+    )
+    assert first.float().mean() > 0.8
+    torch.testing.assert_close(full.logprobs[:, 0][first[:, 0]], half.logprobs[:, 0][first[:, 0]], rtol=0, atol=0.1)
+
+
+def test_another_architecture_goes_through_transformers(model):
+    torch.manual_seed(0)
+    other = GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2)
+    ).train()  # dropout must be off while sampling, and on again after it
+    settings = {"max_new_tokens": 12, "eos_token_id": [END, 5], "pad_token_id": PAD}
+    samples = generate(other, prompts(), generator=seeded(), **settings)
+    assert other.training
+    other.eval()
+    assert torch.equal(
+        samples.sequences, generate(other, prompts(), generator=seeded(), batch_size=5, **settings).sequences
+    )
+    logprobs = other(samples.sequences).logits.log_softmax(-1)
+    for i, response in enumerate(responses(samples)):
+        start = int(samples.prompt_lengths[i])
+        expected = logprobs[i, start - 1 : start - 1 + len(response)].gather(1, torch.tensor(response)[:, None])[:, 0]
+        torch.testing.assert_close(samples.logprobs[i, : len(response)], expected.detach(), rtol=0, atol=1e-4)
+        assert (samples.sequences[i, start + len(response) :] == PAD).all()
+    prompt = prompts()[0]
+    greedy = generate(other, [prompt], temperature=0, **settings)
+    del settings["pad_token_id"]
+    assert list(stream(other, prompt, temperature=0, **settings)) == responses(greedy)[0]
+
+
+def test_both_ways_draw_the_same_samples(model):
+    stock = Qwen3ForCausalLM(model.config).eval()
+    stock.load_state_dict(model.state_dict())
+    settings = {"max_new_tokens": 12, "top_p": 0.9, "eos_token_id": [END, 5], "pad_token_id": PAD}
+    ours = generate(model, prompts(), generator=seeded(7), **settings)
+    theirs = generate(stock, prompts(), generator=seeded(7), **settings)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    torch.testing.assert_close(ours.logprobs, theirs.logprobs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"prompts": [[3] * 60]}, "64 positions"),
+        ({"prompts": [[3], []]}, "prompt 1 has no tokens"),
+        ({"prompts": []}, "no prompts"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"temperature": -1.0}, "temperature"),
+    ],
+)
+def test_what_cannot_be_sampled_is_said(model, bad, message):
+    settings = {"prompts": [[3, 4]], "max_new_tokens": 10, "eos_token_id": END, "pad_token_id": PAD} | bad
+    with pytest.raises(UserError, match=message):
+        generate(model, settings.pop("prompts"), **settings)
