@@ -26,6 +26,7 @@ from pipeline.errors import UserError
 from pipeline.sources import END_OF_TEXT, GENERATORS, Row, Source, Split, choose, find_sources, one_line
 from reward_data import formats
 
+ENDLESS = {"stories"}  # generators that need a size
 HELD_OUT = 0.05  # of the prompts or documents, for test and for validation each
 HELD_OUT_TAIL = 0.1  # of one long text: the usual 90/10 split of tiny Shakespeare
 
@@ -98,6 +99,8 @@ def _load(kind: formats.Kind, dataset: str, split: Split, seed: int, size: int |
 
 def _generate(name: str, function: str, **arguments: Any) -> Iterable[Any]:
     """Call one of a generator's functions; its ValueErrors are sentences for the user."""
+    if name in ENDLESS and None in arguments.values():
+        raise UserError(f"dataset: {name} never ends; say how much of it is wanted (max_bytes or a size)")
     module = importlib.import_module(GENERATORS[name])
     if not hasattr(module, function):
         raise UserError(f"dataset: {name} has no {function} of its own; run the stage that makes them, name its folder")
@@ -223,7 +226,7 @@ def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, block_size: i
     ids = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
     count = len(ids) // block_size
     if count == 0:
-        raise UserError(f"the text has {len(ids)} tokens, which do not fill one block of {block_size}; bring more text")
+        raise UserError(f"the text is too short: its {len(ids)} tokens do not fill one block of {block_size}")
     kept, rest = ids[: count * block_size], ids[count * block_size :]
     total = sum(len(text.encode()) for text in texts)
     column = pa.FixedSizeListArray.from_arrays(pa.array(kept), block_size).cast(pa.list_(pa.int32()))

@@ -3,8 +3,8 @@
 `adapt(rows, kind)` looks at the columns, finds the format and returns rows of one shape a kind:
 
     instructions   prompt, completion
-    prompts        prompt (and every column the format does not use itself)
-    preferences    prompt, chosen, rejected
+    prompts        prompt (and every column that the format does not use itself)
+    preferences    prompt, chosen, rejected (and every such column)
 
 Conversations become lists of `{"role", "content"}` messages; columns that are plain text under TRL's own names
 (`prompt`, `completion`, `chosen`, `rejected`) stay plain text. A row that is *wrong* (a missing or empty field) raises
@@ -38,7 +38,7 @@ class Useless(Exception):
 class Format:
     """A format of rows: it fits when all of `needs` are columns; `convert` maps a row to prompt and the answers it has.
 
-    `uses` names the columns the conversion consumes; the others stay beside the prompt in a prompt set. `refusal` says
+    `uses` names the columns the conversion consumes; the others stay beside prompts and pairs. `refusal` says
     why a format that could be mistaken for a useful one is not.
     """
 
@@ -313,10 +313,11 @@ def adapt(rows: Iterable[Row], kind: Kind) -> Adapted:
 def _of_kind(form: Format, row: Row, kind: Kind) -> Row:
     """One row in the shape of `kind`."""
     made = form.convert(row)
+    beside = {name: value for name, value in row.items() if name not in form.uses and name not in made}
     if kind == "prompts":
-        return {"prompt": made["prompt"], **{name: value for name, value in row.items() if name not in form.uses}}
+        return {"prompt": made["prompt"], **beside}
     if kind == "instructions":
         if "completion" not in made and "chosen" not in made:
             raise Useless("no reply by the assistant")
         return {"prompt": made["prompt"], "completion": made.get("completion", made.get("chosen"))}
-    return made
+    return made | beside

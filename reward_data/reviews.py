@@ -74,14 +74,13 @@ def wheel_files(package: str, pattern: str) -> list[Path]:
     try:
         distribution = metadata.distribution(package)
     except metadata.PackageNotFoundError:
-        raise ValueError(f"{package}=={WHEELS[package]} is not installed; run `make setup-reviews`") from None
+        raise ValueError(f"{package}=={WHEELS[package]} is not installed; run `make setup PRESET=reviews`") from None
     if distribution.version != WHEELS[package]:
-        raise ValueError(
-            f"{package} {distribution.version} is installed, but {WHEELS[package]} is needed; run `make setup-reviews`"
-        )
+        needed = f"{WHEELS[package]} is needed; run `make setup PRESET=reviews`"
+        raise ValueError(f"{package} {distribution.version} is installed, but {needed}")
     found = sorted(Path(file.locate()) for file in distribution.files or [] if re.search(pattern, str(file)))
     if not found or not all(file.is_file() for file in found):
-        raise ValueError(f"{package}=={WHEELS[package]} lacks its data files; run `make setup-reviews` again")
+        raise ValueError(f"{package}=={WHEELS[package]} lacks its data files; run `make setup PRESET=reviews` again")
     return found
 
 
