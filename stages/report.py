@@ -1,0 +1,72 @@
+"""Gather a run into a report: `python -m stages.report --config configs/stories/report.yaml`."""
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline import report, runtime
+from pipeline.arguments import ReportArguments
+from pipeline.checkpoint import write_json
+from pipeline.report_html import page
+from pipeline.report_plots import draw_plots
+
+
+def main(args: ReportArguments) -> None:
+    """Write report.html, report.md, plots/ and summary.json, then show the short of it in the terminal."""
+    run = report.read_run(args.run_dir)
+    inputs = {name: str(run.folder / name / "stage.json") for name in run.stages}
+    stage = runtime.Stage(args, "report", inputs)
+    if not stage.is_main:
+        return
+    plots = draw_plots(run)
+    folder = stage.output_dir / "plots"
+    folder.mkdir(exist_ok=True)
+    for plot in plots:
+        (folder / f"{plot.name}.png").write_bytes(plot.png)
+    images = [(plot.title, f"plots/{plot.name}.png") for plot in plots]
+    (stage.output_dir / "report.md").write_text(report.markdown(run, images, args.num_samples), encoding="utf-8")
+    (stage.output_dir / "report.html").write_text(page(run, plots, args.num_samples), encoding="utf-8")
+    write_json(stage.output_dir / "summary.json", report.summary(run))
+    stage.finish({"plots": len(plots)})
+    show(run, args, runtime.console)
+
+
+def show(run: report.Run, args: ReportArguments, console: Console) -> None:
+    """Print the policies, a few prompts with SFT's and PPO's answers side by side, and where the report lies."""
+    title, sentence = report.headline(run)
+    console.print(f"\n[bold]{title}.[/bold] {sentence}\n")
+    if run.policies:
+        console.print(policy_table(run))
+    for prompt, answers in report.sample_groups(run, args.num_samples):
+        console.print(answer_table(prompt, answers))
+    if run.missing:
+        console.print(f"not in the report, because they have not run: {', '.join(run.missing)}")
+    console.print(f"{report.duration(run.seconds)} in all; the report: [bold]{args.output_dir}/report.html[/bold]")
+
+
+def policy_table(run: report.Run) -> Table:
+    """pretrain, SFT, best-of-n, PPO: gold, KL, length."""
+    table = Table("policy", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("gold", "KL", "length"):
+        table.add_column(name, justify="right")
+    for name, figures in run.policies.items():
+        length = f"{figures['length']:.1f}"
+        row = (report.policy_title(name), report.with_interval(figures), report.number(figures["kl"], ".1f"), length)
+        table.add_row(*row, style="bold" if name == "ppo" else None)
+    return table
+
+
+def answer_table(prompt: str, answers: dict[str, dict]) -> Table:
+    """One prompt, SFT's answer left and PPO's right; the models' text is shown as it is, brackets and all."""
+    table = Table(title=Text(prompt, "bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
+    shown = [name for name in ("sft", "ppo") if name in answers]
+    for name in shown:
+        gold = answers[name]["gold"]
+        table.add_column(report.policy_title(name) + ("" if gold is None else f", gold {gold:.2f}"), ratio=1)
+    table.add_row(*(Text(answers[name]["completion"].strip()) for name in shown))
+    return table
+
+
+if __name__ == "__main__":
+    runtime.run(main, ReportArguments)
