@@ -1,0 +1,97 @@
+"""Fair timing on a machine that is not quiet: contenders take turns in every round, ratios are taken within a round."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from pipeline.gpt import GPTForCausalLM
+
+Contender = tuple[str, str]  # (who, precision), for example ("ours", "bf16")
+
+
+def shape(width: int, *, layers: int = 6, heads: int = 6, positions: int = 256, vocabulary: int = 512) -> Qwen3Config:
+    """A tied Qwen3 with a SwiGLU of 8/3 times the width."""
+    return Qwen3Config(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, head_dim=width // heads,
+        max_position_embeddings=positions, tie_word_embeddings=True, pad_token_id=0, use_cache=False,
+    )  # fmt: skip
+
+
+def twins(config: Qwen3Config) -> dict[str, torch.nn.Module]:
+    """Our GPT and transformers' Qwen3 with the same weights."""
+    torch.manual_seed(0)
+    ours, theirs = GPTForCausalLM(config), Qwen3ForCausalLM(config)
+    theirs.load_state_dict(ours.state_dict())
+    return {"ours": ours, "transformers": theirs}
+
+
+def alternate(contenders: dict[Contender, Callable[[], None]], rounds: int) -> dict[Contender, list[float]]:
+    """Run every contender once a round, in an order that turns with the round, after one run each to warm up.
+
+    Returns the seconds of each run. What slows the machine for a while slows all of one round, not one contender.
+    """
+    for run in contenders.values():
+        run()
+    seconds: dict[Contender, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for number in range(rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            start = time.perf_counter()
+            contenders[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def compare(seconds: dict[Contender, list[float]], tokens: int) -> dict:
+    """Tokens per second (median over the rounds) of each contender, and how many times faster ours are.
+
+    "ratio" sets our fastest precision against theirs, round by round, and takes the median of the rounds;
+    "ratio_fp32" and so on compare like with like.
+    """
+    modes = sorted({mode for _, mode in seconds})
+
+    def ratio(ours: str, theirs: str) -> float:
+        rounds = zip(seconds["transformers", theirs], seconds["ours", ours], strict=True)
+        return round(statistics.median(slow / fast for slow, fast in rounds), 3)
+
+    def best(who: str) -> str:
+        return min(modes, key=lambda mode: statistics.median(seconds[who, mode]))
+
+    result: dict = {"ratio": ratio(best("ours"), best("transformers"))}
+    result |= {f"ratio_{mode}": ratio(mode, mode) for mode in modes}
+    result |= {
+        f"{who}_{mode}_tokens_per_s": round(tokens / statistics.median(times)) for (who, mode), times in seconds.items()
+    }
+    return result
+
+
+def table(title: str, result: dict) -> None:
+    """Print one comparison for people."""
+    print(f"\n{title}")
+    for key, value in result.items():
+        if key.endswith("_tokens_per_s"):
+            print(f"  {key.removesuffix('_tokens_per_s').replace('_', ' '):24s} {value:>10,d} tokens/s")
+    for key, value in result.items():
+        if key.startswith("ratio"):
+            print(
+                f"  {'ours / transformers ' + key.removeprefix('ratio_').replace('ratio', 'best'):24s} {value:>10.2f}"
+            )
+
+
+def report(name: str, results: dict[str, dict]) -> dict:
+    """Print the last line, one JSON object: the first shape's figures under "ratio", all of them under "shapes"."""
+    line = {
+        "benchmark": name,
+        "ratio": next(iter(results.values()))["ratio"],
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "shapes": results,
+    }
+    print("\n" + json.dumps(line))
+    return line
