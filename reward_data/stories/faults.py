@@ -1,6 +1,7 @@
-"""Planting faults into a told story: what makes part of the texts bad, so that a preference for good ones has something to teach.
+"""Planting faults into a told story: part of the texts are bad, so that a preference for good ones has what to teach.
 
-Every fault is a function (rng, sentences) → sentences. Where a story offers no place for it, the sentences come back as they were.
+Every fault is a function (rng, sentences) → sentences. Where a story offers no place for it, the sentences come back as
+they were.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from .world import World
 
 _FLIP = {"He": "She", "She": "He", "he": "she", "she": "he", "him": "her", "her": "him"}
 _HOLDING = [
-    frame for name in ("use", "give", "drop", "lose") for frame in GROUPS[name] if all(form != "it" for _, form in frame.slots)
+    frame for name in ("use", "give", "drop", "lose") for frame in GROUPS[name] if ("O", "it") not in frame.slots
 ]
+"""Sentences whose subject has to hold the object."""
 
 
 def _pick(rng: Random, items: Sequence):
@@ -25,7 +27,10 @@ def _pick(rng: Random, items: Sequence):
 
 
 def wrong_pronoun(rng: Random, lines: list[str]) -> list[str]:
-    """One pronoun gets the other gender (in a story with both genders it may now mean somebody else, and be no fault)."""
+    """One pronoun gets the other gender.
+
+    In a story with both genders it may now mean somebody else and be no fault.
+    """
     order = list(range(len(lines)))
     rng.shuffle(order)
     for index in order:
@@ -43,7 +48,10 @@ def wrong_pronoun(rng: Random, lines: list[str]) -> list[str]:
 
 
 def broken_continuity(rng: Random, lines: list[str]) -> list[str]:
-    """One more sentence before the last, in which somebody uses or gives what they do not have: lost, held by another, or never spoken of."""
+    """One more sentence before the last, in which somebody uses or gives what they do not have.
+
+    The object is lost, gone, held by another, or was never spoken of.
+    """
     world = World()
     for line in lines[:-1]:
         if parsed := parse(line):
@@ -100,5 +108,5 @@ def rambling(rng: Random, lines: list[str]) -> list[str]:
 def wrong_name(rng: Random, lines: list[str], name: str, names: Sequence[str] = NAMES) -> list[str]:
     """All through the story the protagonist has another name of the same gender."""
     text = "\n".join(lines)
-    new = _pick(rng, [other for other in names if GENDER[other] == GENDER[name] and not re.search(rf"\b{other}\b", text)])
-    return re.sub(rf"\b{name}\b", new, text).split("\n")
+    others = [n for n in names if GENDER[n] == GENDER[name] and not re.search(rf"\b{n}\b", text)]
+    return re.sub(rf"\b{name}\b", _pick(rng, others), text).split("\n")

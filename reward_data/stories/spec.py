@@ -1,4 +1,4 @@
-"""What an instruction asks for, in words and back: name, required words, ending; and which of these are held out for evaluation."""
+"""What an instruction asks for, in words and back: name, required words, ending; and which of these are held out."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Spec(NamedTuple):
 
 
 def held_out_pair(first: str, second: str) -> bool:
-    """True for the fifth of all pairs of required words that no training prompt may contain. The order does not matter."""
+    """True for the fifth of all pairs of required words that no training prompt may contain, in either order."""
     a, b = sorted((_INDEX[first], _INDEX[second]))
     return (3 * a + 7 * b) % 5 == 0
 
 
 def draw(rng: Random, held_out: bool) -> Spec:
-    """A random spec: two words, both name and pair of the training side or both held out."""
+    """A random spec: two words; name and pair both of the training side, or both held out."""
     name = rng.choice(TEST_NAMES if held_out else TRAIN_NAMES)
     while True:
         first, second = rng.sample(REQUIRED, 2)
@@ -51,7 +51,7 @@ def draw(rng: Random, held_out: bool) -> Spec:
             return Spec(name, (first, second), rng.choice(ENDINGS))
 
 
-def word_prompt(rng: Random, spec: Spec) -> str:
+def write_prompt(rng: Random, spec: Spec) -> str:
     """A spec in one of the wordings."""
     (wording,) = rng.choices(list(WORDINGS), list(WORDINGS.values()))
     return wording.format(name=spec.name, words=", ".join(spec.words), ending=spec.ending)
@@ -64,4 +64,7 @@ def parse_prompt(text: str) -> Spec:
         match = pattern.search(text)
         if match:
             return Spec(match["name"], tuple(match["words"].split(", ")), match["ending"])
-    raise ValueError(f"this prompt asks for no story in a known wording: {text!r}; see reward_data/stories/spec.py for the wordings")
+    raise ValueError(
+        f"the gold judge of the stories cannot read what this prompt asks for: {text!r}; it knows the form "
+        f"'{next(iter(WORDINGS))}' with an ending of {', '.join(ENDINGS)}"
+    )
