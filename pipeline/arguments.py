@@ -24,17 +24,23 @@ Precision = Literal["auto", "bf16", "no"]
 
 
 @dataclass
-class StageArguments:
-    """Fields that every stage has."""
+class RunArguments:
+    """Fields that everything has that belongs to a run."""
 
     preset: str = "stories"
     """Name of the recipe, for the report."""
     run_dir: str = "runs/stories"
     """Folder of the whole run; `{run_dir}` in any other field stands for it."""
-    output_dir: str = "{run_dir}/stage"
-    """Folder that this stage writes: the model (or data), metrics.jsonl, stage.json, checkpoints/."""
     seed: int = 0
     """Seed of everything random in this stage: data, initial weights, order, sampling."""
+
+
+@dataclass
+class StageArguments(RunArguments):
+    """Fields that every stage has."""
+
+    output_dir: str = "{run_dir}/stage"
+    """Folder that this stage writes: the model (or data), metrics.jsonl, stage.json, checkpoints/."""
 
 
 @dataclass
@@ -252,13 +258,13 @@ class ReportArguments(StageArguments):
 
 
 @dataclass
-class ChatArguments(StageArguments):
+class ChatArguments(RunArguments):
     """Talk with a model in the terminal: /exit, /reset, /temperature X."""
 
     model_name_or_path: str = "{run_dir}/ppo"
     """Folder (or hub name) of any causal language model: pretrain, sft or ppo."""
     raw: bool = False
-    """Let the model go on from the bare text, without the chat template; the way to talk to a pretrained model."""
+    """Let the model go on from the bare text, without the chat template; a pretrained model always does."""
     history: bool = False
     """Send earlier turns along; only for models that were trained on conversations (the presets' are not)."""
     max_new_tokens: int = 128
@@ -269,7 +275,7 @@ class ChatArguments(StageArguments):
     """Sample from the smallest set of tokens with this much probability together (nucleus, arXiv 1904.09751)."""
 
 
-ArgumentsT = TypeVar("ArgumentsT", bound=StageArguments)
+ArgumentsT = TypeVar("ArgumentsT", bound=RunArguments)
 
 
 def parse(kind: type[ArgumentsT], argv: list[str] | None = None) -> ArgumentsT:

@@ -142,7 +142,7 @@ def headline(run: Run) -> tuple[str, str]:
     """A title of a few words and one sentence with the numbers: did PPO make it better?"""
     if "evaluate" not in run.stages:
         done = ", ".join(run.stages)
-        return "No verdict yet", f"Finished so far: {done}. The policies have not been judged: run `make evaluate`."
+        return "No verdict yet", f"Finished so far: {done}. The policies have not been judged: run make evaluate."
     sft, ppo, win = run.policies["sft"], run.policies["ppo"], run.win_rate.get("ppo_vs_sft")
     if win is None:
         return ("No gold judge", f"Without one, all there is to see is that PPO moved the reward model's score from "
@@ -176,8 +176,9 @@ def policy_rows(run: Run) -> list[list[str]]:
     rows = []
     for name, p in run.policies.items():
         rows.append([
-            policy_title(name), with_interval(p), f"{p['proxy']:.2f}", number(p["kl"], ".1f"), f"{p['length']:.1f}",
-            f"{p['distinct_2']:.2f}", number(p.get("bpb_under_pretrained"), ".2f"), number(p.get("without_eos"), ".0%"),
+            policy_title(name), with_interval(p), number(p["proxy"], ".2f"), number(p["kl"], ".1f"),
+            number(p["length"], ".1f"), number(p["distinct_2"], ".2f"), number(p.get("bpb_under_pretrained"), ".2f"),
+            number(p.get("without_eos"), ".0%"),
         ])  # fmt: skip
     return rows
 
@@ -193,7 +194,7 @@ POLICY_NOTES = (
 
 def number(value: float | None, form: str) -> str:
     """A number in the given format, or a dash."""
-    return "–" if value is None else format(value, form)
+    return "–" if value is None else format(value, form).replace("-", "−")
 
 
 def duration(seconds: float) -> str:

@@ -53,18 +53,18 @@ table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-
 th, td { padding: .5rem 1.1rem .5rem 0; text-align: left; border-bottom: 1px solid var(--grid); vertical-align: top; }
 th { color: var(--muted); font-weight: 500; font-size: .82rem; white-space: nowrap; }
 td:first-child { font-weight: 600; white-space: nowrap; }
-.numbers td, .time { white-space: nowrap; }
+.numbers td { white-space: nowrap; }
+.stage td { min-width: 5rem; } .stage td:last-child { min-width: 12rem; }
 .ppo td:first-child, .ppo h4 { color: var(--ppo); } .sft td:first-child, .sft h4 { color: var(--sft); }
 .best td:first-child { color: var(--best); }
-.plots, .answers { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
-.plots { margin: 1rem 0; }
+.plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); }
+.plots { margin: 1rem 0; align-items: center; }
 figure, .answers section { background: var(--card); border: 1px solid var(--grid); border-radius: 10px; }
 figure { margin: 0; padding: .6rem .5rem .3rem; }
-figure svg { display: block; width: 100%; height: auto; max-width: 34rem; }
-.lone { max-width: 34rem; }
+figure svg { display: block; width: 100%; height: auto; }
 .sample { margin: 1.4rem 0 2.4rem; }
 .ask { font-weight: 600; margin-bottom: .7rem; }
-.answers { grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); }
+.answers { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); }
 .answers section { padding: .9rem 1.1rem 1rem; }
 .answers h4 { display: flex; justify-content: space-between; margin: 0 0 .4rem; font-size: .875rem; }
 .answers h4 span { color: var(--muted); font-weight: 400; }
@@ -134,9 +134,8 @@ def _figures(run: Run) -> str:
     accuracy, bpb = run.final("reward", "accuracy"), run.final("pretrain", "val_bpb")
     facts += [("reward model, held-out pairs", f"{accuracy:.0%}")] if accuracy is not None else []
     facts += [("pretrained, bits per byte", f"{bpb:.2f}")] if bpb is not None else []
-    facts.append(("in all", duration(run.seconds)))
-    items = (f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in facts)
-    return f'<dl class="figures">{"".join(items)}</dl>'
+    items = "".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in facts)
+    return f'<dl class="figures">{items}</dl>' if items else ""
 
 
 def _policies(run: Run, plots: list[Plot]) -> str:
@@ -144,10 +143,11 @@ def _policies(run: Run, plots: list[Plot]) -> str:
         return ""
     kinds = ["best" if name.startswith("best_of") else name for name in run.policies]
     count = f" {run.num_prompts}" if run.num_prompts else ""
-    figure = "".join(f'<figure class="lone">{p.svg}</figure>' for p in plots if p.group == "evaluate")
+    figure = "".join(f"<figure>{p.svg}</figure>" for p in plots if p.group == "evaluate")
     return (
-        f"<h2>Policies</h2>\n<p>Every policy answered the same{count} held-out prompts.</p>\n{figure}\n"
-        f'{_table(POLICY_COLUMNS, policy_rows(run), kinds, "numbers")}\n<p class="note">{escape(POLICY_NOTES)}</p>'
+        f"<h2>Policies</h2>\n<p>Every policy answered the same{count} held-out prompts.</p>\n"
+        f'<div class="plots">{figure}<p class="note">{POLICY_NOTES.replace(". ", ".<br>")}</p></div>\n'
+        f"{_table(POLICY_COLUMNS, policy_rows(run), kinds, 'numbers')}"
     )
 
 
@@ -176,15 +176,15 @@ def _training(run: Run, plots: list[Plot]) -> str:
     for group, title in titles.items():
         figures = [f"<figure>{plot.svg}</figure>" for plot in plots if plot.group == group]
         if figures:
-            grid = f'<div class="plots">{"".join(figures)}</div>' if len(figures) > 1 else figures[0].replace(
-                "<figure>", '<figure class="lone">')  # fmt: skip
+            grid = f'<div class="plots">{"".join(figures)}</div>'
             parts.append(f"<h3>{title}</h3>\n<p>{escape(_reading(group, run))}</p>\n{grid}")
     return "<h2>Training</h2>\n" + "\n".join(parts) if parts else ""
 
 
 def _reading(group: str, run: Run) -> str:
     if group == "pretrain":
-        ours, bigram, uniform = (number(run.final(group, name), ".2f") for name in ("val_bpb", "bigram_bpb", "uniform_bpb"))
+        names = ("val_bpb", "bigram_bpb", "uniform_bpb")
+        ours, bigram, uniform = (number(run.final(group, name), ".2f") for name in names)
         return f"Held-out text costs {ours} bits a byte; a bigram model needs {bigram}, a uniform one {uniform}."
     if group == "sft":
         return "The loss is on the tokens of the answer and its end alone."

@@ -6,7 +6,7 @@ page into dark mode and uses its font.
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,14 +26,12 @@ STYLE = {
     "lines.linewidth": 1.8, "lines.solid_capstyle": "round",
     "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.edgecolor": PALETTE["quiet"],
     "axes.labelcolor": PALETTE["muted"], "axes.labelsize": 8.5,
-    "axes.titlecolor": PALETTE["ink"], "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "axes.titlepad": 10,
     "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True,
     "grid.color": PALETTE["grid"], "grid.linewidth": 0.8,
     "xtick.color": PALETTE["muted"], "xtick.labelsize": 8, "xtick.major.size": 3,
     "ytick.color": PALETTE["muted"], "ytick.labelsize": 8, "ytick.major.size": 0,
 }  # fmt: skip
-SMOOTHING = 0.85  # weight of the past in the running mean of noisy curves
+SMOOTHING = 0.75  # weight of the past in the running mean of noisy curves
 
 
 @dataclass
@@ -78,11 +76,14 @@ def _make(name: str, group: str, title: str, draw: Callable[["Axes", Run], bool]
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE)
-    figure.subplots_adjust(left=0.12, right=0.80, top=0.87, bottom=0.17)
+    figure.subplots_adjust(left=0.1, right=0.8, top=0.8, bottom=0.17)
     axes = figure.add_subplot()
-    axes.set_title(title, x=0 if name != "gold" else -0.16)
     if not draw(axes, run):
         return None
+    # The unit of the y axis stands under the title, where it is read without turning one's head
+    figure.text(0.025, 0.92, title, color=PALETTE["ink"], fontsize=10.5, fontweight="bold")
+    figure.text(0.025, 0.855, axes.get_ylabel(), color=PALETTE["muted"], fontsize=8.5)
+    axes.set_ylabel("")
     svg, png = io.StringIO(), io.BytesIO()
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
     figure.savefig(png, format="png", dpi=160, facecolor="white")
@@ -107,20 +108,31 @@ def themed_svg(svg: str, name: str, title: str) -> str:
 # ---- drawing --------------------------------------------------------------------------------------------------------
 
 
-def _curves(axes: "Axes", curves: list[tuple[str, str, list[float], list[float], bool]]) -> bool:
-    """Draw (label, role, xs, ys, noisy) labelled at their ends; noisy ones faint under a running mean."""
-    curves = [curve for curve in curves if curve[2]]
+Curve = tuple[str, str, tuple[list[float], list[float]], bool]  # label, role, (xs, ys), whether it is noisy
+Level = tuple[str, str, float | None]  # label, role, height
+
+
+def _curves(axes: "Axes", curves: list[Curve], levels: Sequence[Level] = ()) -> bool:
+    """Draw curves, noisy ones faint under their running mean, and dashed levels, each labelled at its right end."""
     ends = []
-    for label, role, xs, ys, noisy in curves:
+    for label, role, (xs, ys), noisy in curves:
+        if not xs:
+            continue
         colour = PALETTE[role]
         if noisy and len(ys) > 8:
             axes.plot(xs, ys, color=colour, alpha=0.25, linewidth=1)
             ys = _running_mean(ys)
         axes.plot(xs, ys, color=colour, marker="o" if len(xs) <= 12 else None, markersize=3)
-        ends.append((xs[-1], ys[-1], label, colour))
+        ends.append((ys[-1], label, colour))
+    if not ends:
+        return False
+    for label, role, height in levels:
+        if height is not None:
+            axes.axhline(height, color=PALETTE[role], linewidth=1, linestyle=(0, (4, 3)))
+            ends.append((height, label, PALETTE[role]))
     _count_axis(axes)
     _label_ends(axes, ends)
-    return bool(curves)
+    return True
 
 
 def _running_mean(ys: list[float]) -> list[float]:
@@ -132,30 +144,26 @@ def _running_mean(ys: list[float]) -> list[float]:
     return out
 
 
-def _label_ends(axes: "Axes", ends: list[tuple[float, float, str, str]], gap: float = 0.085) -> None:
-    """Write labels right of the axes at the height of each line's end, pushed apart where they would touch."""
+def _label_ends(axes: "Axes", ends: list[tuple[float, str, str]], gap: float = 0.09) -> None:
+    """Write (height, label, colour) right of the axes, pushed apart where they would touch."""
     axes.autoscale_view()
-    to_fraction = axes.transData + axes.transAxes.inverted()
-    height = -1.0
-    wanted_heights = [(to_fraction.transform((x, y))[1], label, colour) for x, y, label, colour in ends]
-    for wanted, label, colour in sorted(wanted_heights):
-        height = max(min(1.0, max(0.0, wanted)), height + gap)
+    low, high = axes.get_ylim()
+    ends = sorted((min(1.0, max(0.0, (y - low) / (high - low))), label, colour) for y, label, colour in ends)
+    heights: list[float] = []
+    for wanted, _, _ in ends:
+        heights.append(max(wanted, heights[-1] + gap) if heights else wanted)
+    # A cluster that was pushed up past the top moves down, as far as the ones below leave room
+    for i in reversed(range(len(heights))):
+        heights[i] = min(heights[i], 1.0 if i + 1 == len(heights) else heights[i + 1] - gap)
+    for height, (_, label, colour) in zip(heights, ends, strict=True):
         axes.text(1.025, height, label, transform=axes.transAxes, color=colour, fontsize=8.5, va="center")
-
-
-def _level(axes: "Axes", y: float | None, label: str, role: str = "muted") -> None:
-    """A dashed horizontal line with its name above it, at the left."""
-    if y is not None:
-        axes.axhline(y, color=PALETTE[role], linewidth=1, linestyle=(0, (4, 3)))
-        axes.annotate(label, (0, y), xycoords=("axes fraction", "data"), xytext=(3, 3), textcoords="offset points",
-                      color=PALETTE[role], fontsize=8)  # fmt: skip
 
 
 def _count_axis(axes: "Axes") -> None:
     """Thousands as `2k`."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:g}k" if abs(x) >= 1000 else f"{x:g}"))
     axes.margins(x=0.02)
 
@@ -169,49 +177,48 @@ def _gold_by_policy(axes: "Axes", run: Run) -> bool:
         axes.plot([figures["gold"]], [place], "o", color=colour, markersize=8)
         axes.text(1.03, place, f"{figures['gold']:.2f}", transform=axes.get_yaxis_transform(), color=PALETTE["ink"],
                   fontsize=10, fontweight="bold", va="center")  # fmt: skip
-    axes.set(xlim=(0, 1), ylim=(-0.6, len(rows) - 0.4), xlabel="mean gold score, 95% interval")
+    axes.set(xlim=(0, 1), ylim=(-0.6, len(rows) - 0.4), ylabel="mean score of the judge, 95% interval")
     titles = [policy_title(name) for name, _ in reversed(rows)]
     axes.set_yticks(range(len(rows)), titles, fontsize=9, color=PALETTE["ink"])
     axes.grid(axis="x", color=PALETTE["grid"])
-    axes.figure.subplots_adjust(left=0.21, right=0.88)
+    axes.figure.subplots_adjust(left=0.2, right=0.88, bottom=0.1)
     return bool(rows)
 
 
 def _pretrain_loss(axes: "Axes", run: Run) -> bool:
     axes.set(xlabel="optimizer steps", ylabel="nats per token")
-    train = ("training", "quiet", *run.series("pretrain", "loss"), False)
-    return _curves(axes, [train, ("held out", "ppo", *run.series("pretrain", "val_loss"), False)])
+    return _curves(axes, [("training", "quiet", run.series("pretrain", "loss"), False),
+                          ("held out", "ppo", run.series("pretrain", "val_loss"), False)])  # fmt: skip
 
 
 def _pretrain_bpb(axes: "Axes", run: Run) -> bool:
     axes.set(xlabel="optimizer steps", ylabel="bits per byte")
     xs, ys = run.series("pretrain", "val_bpb")
-    uniform, bigram = run.final("pretrain", "uniform_bpb"), run.final("pretrain", "bigram_bpb")
-    axes.set_ylim(0, 1.15 * max([*ys, uniform or 0, bigram or 0], default=1))
-    _level(axes, uniform, f"uniform, {uniform or 0:.2f}")
-    _level(axes, bigram, f"bigram, {bigram or 0:.2f}")
-    return _curves(axes, [(f"GPT, {ys[-1]:.2f}" if ys else "", "ppo", xs, ys, False)])
+    levels = [(f"{kind} {bits:.2f}", "muted", bits) for kind in ("uniform", "bigram")
+              if (bits := run.final("pretrain", f"{kind}_bpb")) is not None]  # fmt: skip
+    axes.set_ylim(0, 1.1 * max([*ys, *(bits for _, _, bits in levels)], default=1))
+    return _curves(axes, [(f"GPT {ys[-1]:.2f}" if ys else "", "ppo", (xs, ys), False)], levels)
 
 
 def _sft_loss(axes: "Axes", run: Run) -> bool:
     axes.set(xlabel="optimizer steps", ylabel="nats per token")
-    train = ("training", "quiet", *run.series("sft", "loss"), False)
-    return _curves(axes, [train, ("held out", "ppo", *run.series("sft", "eval_loss"), False)])
+    return _curves(axes, [("training", "quiet", run.series("sft", "loss"), False),
+                          ("held out", "ppo", run.series("sft", "eval_loss"), False)])  # fmt: skip
 
 
 def _reward_accuracy(axes: "Axes", run: Run) -> bool:
-    axes.set(xlabel="optimizer steps", ylabel="share of pairs", ylim=(0.4, 1.0))
-    _level(axes, 0.5, "chance")
-    train = ("training", "quiet", *run.series("reward", "accuracy"), False)
-    return _curves(axes, [train, ("held out", "ppo", *run.series("reward", "eval_accuracy"), False)])
+    axes.set(xlabel="optimizer steps", ylabel="share of pairs, noisy labels", ylim=(0.4, 1.0))
+    return _curves(axes, [("training", "quiet", run.series("reward", "accuracy"), False),
+                          ("held out", "ppo", run.series("reward", "eval_accuracy"), False)],
+                   [("chance", "muted", 0.5)])  # fmt: skip
 
 
 def _reward_loss(axes: "Axes", run: Run) -> bool:
     axes.set(xlabel="optimizer steps", ylabel="−log σ(margin), nats")
     axes.set_ylim(0, 1.1 * max([0.75, *run.series("reward", "loss")[1]]))
-    _level(axes, 0.6931, "coin, log 2")
-    train = ("training", "quiet", *run.series("reward", "loss"), False)
-    return _curves(axes, [train, ("held out", "ppo", *run.series("reward", "eval_loss"), False)])
+    return _curves(axes, [("training", "quiet", run.series("reward", "loss"), False),
+                          ("held out", "ppo", run.series("reward", "eval_loss"), False)],
+                   [("coin, log 2", "muted", 0.6931)])  # fmt: skip
 
 
 def _calibration(axes: "Axes", run: Run) -> bool:
@@ -223,45 +230,41 @@ def _calibration(axes: "Axes", run: Run) -> bool:
         spread = 1.96 * (y * (1 - y) / n) ** 0.5
         axes.plot([x, x], [max(0.0, y - spread), min(1.0, y + spread)], color=PALETTE["ppo"], alpha=0.3, linewidth=2)
         axes.scatter(x, y, s=12 + 60 * n / most, color=PALETTE["ppo"], linewidths=0, zorder=3)
-    axes.set(xlabel="predicted σ(margin)", ylabel="share that held", xlim=(low - 0.02, 1.02))
+    axes.set(xlabel="predicted, σ(margin)", ylabel="share of pairs where the prediction held", xlim=(low - 0.02, 1.02))
     axes.set_ylim(max(0.0, min([low, *(b["observed"] for b in bins)]) - 0.08), 1.05)
-    _label_ends(axes, [(1, 1, "perfect", PALETTE["muted"])])
+    _label_ends(axes, [(1.0, "perfect", PALETTE["muted"])])
     axes.text(1.025, 0.0, "dot size:\npairs", transform=axes.transAxes, color=PALETTE["muted"], fontsize=8)
     return bool(bins)
 
 
-def _ppo_series(run: Run, name: str) -> tuple[list[float], list[float]]:
+def _ppo(run: Run, name: str) -> tuple[list[float], list[float]]:
     return run.series("ppo", name, x="episode")
 
 
 def _ppo_reward(axes: "Axes", run: Run) -> bool:
-    axes.set(xlabel="episodes", ylabel="standard scores")
-    return _curves(axes, [("proxy", "ppo", *_ppo_series(run, "objective/scores"), True),
-                          ("less KL", "sft", *_ppo_series(run, "objective/rlhf_reward"), True),
-                          ("held out", "ink", *_ppo_series(run, "eval/proxy"), False)])  # fmt: skip
+    axes.set(xlabel="episodes", ylabel="reward model's standard scores")
+    return _curves(axes, [("score", "ppo", _ppo(run, "objective/scores"), True),
+                          ("less KL", "muted", _ppo(run, "objective/rlhf_reward"), True),
+                          ("held out", "ink", _ppo(run, "eval/proxy"), False)])  # fmt: skip
 
 
 def _ppo_gold(axes: "Axes", run: Run) -> bool:
     axes.set(xlabel="episodes", ylabel="mean gold score", ylim=(0, 1))
-    best = next((name for name in run.policies if name.startswith("best_of_")), None)
-    for name, role in (("sft", "sft"), (best, "best")):
-        if name in run.policies and run.policies[name]["gold"] is not None:
-            _level(axes, run.policies[name]["gold"], policy_title(name), role)
-    return _curves(axes, [("PPO", "ppo", *_ppo_series(run, "eval/gold"), False)])
+    roles = {name: "best" for name in run.policies if name.startswith("best_of_")} | {"sft": "sft"}
+    levels = [(policy_title(name), role, run.policies.get(name, {}).get("gold")) for name, role in roles.items()]
+    return _curves(axes, [("PPO", "ppo", _ppo(run, "eval/gold"), False)], levels)
 
 
 def _ppo_kl(axes: "Axes", run: Run) -> bool:
     axes.set(xlabel="episodes", ylabel="nats per answer")
-    curves = [("training", "ppo", *_ppo_series(run, "objective/kl"), True),
-              ("held out", "ink", *_ppo_series(run, "eval/kl"), False)]  # fmt: skip
-    axes.axhline(0, color=PALETTE["quiet"], linewidth=0.8)
-    return _curves(axes, curves)
+    training, held_out = _ppo(run, "objective/kl"), _ppo(run, "eval/kl")
+    heights = [0.0, *training[1], *held_out[1]]
+    axes.set_ylim(1.05 * min(heights), 1.1 * max(heights) or 1.0)
+    return _curves(axes, [("training", "ppo", training, True), ("held out", "ink", held_out, False)])
 
 
 def _ppo_length(axes: "Axes", run: Run) -> bool:
     axes.set(xlabel="episodes", ylabel="tokens")
-    curves = [("training", "ppo", *_ppo_series(run, "response/length"), True),
-              ("held out", "ink", *_ppo_series(run, "eval/length"), False)]  # fmt: skip
-    highest = max((y for curve in curves for y in curve[3]), default=1)
-    axes.set_ylim(0, 1.15 * highest)
-    return _curves(axes, curves)
+    training, held_out = _ppo(run, "response/length"), _ppo(run, "eval/length")
+    axes.set_ylim(0, 1.15 * max([*training[1], *held_out[1]], default=1))
+    return _curves(axes, [("training", "ppo", training, True), ("held out", "ink", held_out, False)])

@@ -16,8 +16,8 @@ ANSWERS = {
     "pretrain": "Sue went to the market. The dog was in the garden and the dog was in the house. Sue said",
     "sft": "Ben had a red kite. He ran up the hill with it. A fox sat by the gate. She gave Ben the lamp. Ben was sad.",
     "best_of_16": "Ben had a red kite. A fox sat by the gate and looked at it. Ben smiled. Ben was happy.",
-    "ppo": 'Ben had a red kite. On the hill he met a fox. "Can I hold it?" asked the fox. Ben gave the kite to the fox, '
-    "and they ran up the hill together. Ben was happy.",
+    "ppo": 'Ben had a red kite. On the hill he met a fox. "Can I hold it?" asked the fox. Ben gave the kite to the '
+    "fox, and they ran up the hill together. Ben was happy.",
 }
 FINAL = {
     "tokenizer": {"vocab_size": 2048, "bytes_per_token": 4.43},
@@ -114,7 +114,8 @@ def _ppo() -> list[dict[str, Any]]:
                      "response/without_eos": 0.01})  # fmt: skip
     for step in range(0, 49, 8):
         rows.append({"step": step, "episode": 64 * step, "eval/proxy": _falling(step, 0, 1.7, 14, 0),
-                     "eval/gold": _falling(step, 0.53, 0.83, 14, 0.01), "eval/kl": max(0.0, _falling(step, 0, 10, 15, 0)),
+                     "eval/gold": _falling(step, 0.53, 0.83, 14, 0.01),
+                     "eval/kl": _falling(step, 0, 10, 15, 0),
                      "eval/length": _falling(step, 45, 49, 20, 0.2)})  # fmt: skip
     return rows
 

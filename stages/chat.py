@@ -1,0 +1,197 @@
+"""Talk with a model in the terminal: `python -m stages.chat --model_name_or_path runs/stories/ppo`.
+
+Type a prompt and the answer streams in. `/exit` (or Ctrl-D) leaves, `/reset` forgets the conversation, `/temperature X`
+sets how adventurous the sampling is. Prompts can also be piped in, one a line.
+"""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline import data, runtime
+from pipeline.arguments import ChatArguments
+from pipeline.errors import UserError
+from pipeline.evaluate import plain_text
+from pipeline.models import load_policy, parameter_count
+from pipeline.sampler import Sampling, stream
+from pipeline.tokenizer import END_OF_TURN, check_fits, load_tokenizer, prompt_ids, stop_ids
+
+COMMANDS = "/exit, /reset, /temperature X"
+
+
+def stream_text(tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Text pieces of tokens as they come; joined they are the tokens' decoded text.
+
+    A byte-level token may end inside a character. Such an end decodes to U+FFFD and is held back until the character
+    is whole, or the tokens end.
+    """
+    ids: list[int] = []
+    shown = ""
+    for token in tokens:
+        ids.append(token)
+        whole = _decode(tokenizer, ids).rstrip("\ufffd")
+        if len(whole) > len(shown):
+            yield whole[len(shown) :]
+            shown = whole
+    rest = _decode(tokenizer, ids)[len(shown) :]
+    if rest:
+        yield rest
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@dataclass
+class Chat:
+    """A conversation with a model. `raw`: no template, the model goes on from the text alone."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    raw: bool
+    history: bool
+    sampling: Sampling
+    max_new_tokens: int
+    generator: torch.Generator
+    turns: list[dict[str, str]] = field(default_factory=list)
+
+    def reply(self, text: str) -> Iterator[str]:
+        """Stream the answer to `text`. Raises UserError, before the first piece, if it does not fit the context."""
+        message = {"role": "user", "content": text}
+        ids = self._fitting_prompt(message)
+        room = getattr(self.model.config, "max_position_embeddings", None)
+        new = self.max_new_tokens if room is None else min(self.max_new_tokens, room - len(ids))
+        tokens = stream(
+            self.model, ids, max_new_tokens=new, temperature=self.sampling.temperature, top_p=self.sampling.top_p,
+            eos_token_id=stop_ids(self.model, self.tokenizer), generator=self.generator,
+        )  # fmt: skip
+        said = ""
+        for piece in stream_text(tokens, self.tokenizer):
+            said += piece
+            yield piece
+        if self.history:
+            self.turns += [message, {"role": "assistant", "content": said}]
+
+    def _fitting_prompt(self, message: dict[str, str]) -> list[int]:
+        """The prompt's ids with as many of the latest turns as leave a quarter of the context for the answer."""
+        room = getattr(self.model.config, "max_position_embeddings", None)
+        while True:
+            ids = self._prompt_ids([*self.turns, message])
+            if room is None or len(ids) <= room * 3 // 4:
+                return ids
+            if not self.turns:
+                break
+            del self.turns[:2]
+        if len(ids) >= room:
+            raise UserError(f"that has {len(ids)} tokens and the model's context {room}; say it shorter")
+        return ids
+
+    def _prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        prompt = "".join(m["content"] for m in messages) if self.raw else messages
+        ids = prompt_ids(self.tokenizer, [prompt])[0]
+        return ids or [self.tokenizer.eos_token_id]
+
+    def command(self, line: str) -> str:
+        """Obey `/reset` or `/temperature X` and say what was done. Raises UserError for anything else."""
+        name, _, value = line[1:].strip().partition(" ")
+        if name == "reset":
+            self.turns.clear()
+            return "the conversation starts anew"
+        if name == "temperature":
+            try:
+                self.sampling = Sampling(float(value), top_p=self.sampling.top_p)
+            except ValueError:
+                raise UserError(f"/temperature needs a number, not {value!r}") from None
+            return f"temperature {self.sampling.temperature:g}"
+        raise UserError(f"unknown command /{name}; there are {COMMANDS}")
+
+
+def open_chat(args: ChatArguments) -> Chat:
+    """Load model and tokenizer. Raises UserError where they cannot talk."""
+    path = Path(args.model_name_or_path)
+    if args.model_name_or_path.startswith(args.run_dir) and not path.exists():
+        raise UserError(f"chat: {path} does not exist; run `make {path.name}` first, or set model_name_or_path")
+    model = load_policy(args.model_name_or_path, "cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    check_fits(tokenizer, model.config.get_text_config().vocab_size, args.model_name_or_path)
+    sampling = Sampling(args.temperature, top_p=args.top_p)
+    generator = torch.Generator(model.device).manual_seed(args.seed)
+    raw = args.raw or tokenizer.chat_template is None or not _ends_turns(model, tokenizer)
+    return Chat(model, tokenizer, raw, args.history and not raw, sampling, args.max_new_tokens, generator)
+
+
+def _ends_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the model was taught to talk in turns: our tokenizer has the token for it before the model knows it."""
+    end = tokenizer.get_vocab().get(END_OF_TURN)
+    return end is None or end in stop_ids(model, tokenizer)
+
+
+def greet(chat: Chat, args: ChatArguments) -> None:
+    """Say what the model is, what to type, and how to leave."""
+    record = Path(args.model_name_or_path) / "stage.json"
+    record = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    made = f"{record['stage']} of preset {record['preset']}, seed {record['seed']}, " if record else ""
+    size = f"{parameter_count(chat.model) / 1e6:.1f} M parameters"
+    way = "goes on from your text" if chat.raw else "answers instructions"
+    say = partial(runtime.console.print, markup=False)
+    say(f"{args.model_name_or_path}: {made}{size}; it {way}. {COMMANDS}", style="bold")
+    if example := _example(record.get("config", {}).get("dataset"), chat.raw):
+        say(f"for example: {example}")
+
+
+def _example(dataset: str | None, raw: bool) -> str | None:
+    """A held-out prompt of the data that the model comes from, or the first words of a document; generators only."""
+    if dataset not in data.GENERATORS:
+        return None
+    if raw:
+        return " ".join(data.load_texts(dataset, split="validation", max_bytes=2000)[0].split()[:4])
+    return plain_text(data.load_prompts(dataset, split="test", size=1)[0]["prompt"])
+
+
+def talk(chat: Chat, source: TextIO, out: TextIO) -> None:
+    """Read lines until `/exit` or the end of input; stream answers to `out`. Ctrl-C stops an answer, then the chat."""
+    typed = source.isatty()
+    while True:
+        try:
+            line = input("\n> ") if typed else source.readline()
+        except (EOFError, KeyboardInterrupt):
+            break
+        if not typed and not line:
+            break
+        line = line.strip()
+        if line == "/exit":
+            break
+        if not line:
+            continue
+        try:
+            pieces = [chat.command(line)] if line.startswith("/") else chat.reply(line)
+            for piece in pieces:
+                print(piece, end="", flush=True, file=out)
+        except UserError as error:
+            print(f"error: {error}", end="", file=out)
+        except KeyboardInterrupt:
+            pass
+        print(file=out, flush=True)
+    if typed:
+        print(file=out)
+
+
+def main(args: ChatArguments) -> None:
+    """Open the model and talk."""
+    chat = open_chat(args)
+    greet(chat, args)
+    with contextlib.suppress(ImportError):  # arrow keys and history of what was typed, where the platform has them
+        import readline  # noqa: F401
+    talk(chat, sys.stdin, sys.stdout)
+
+
+if __name__ == "__main__":
+    runtime.run(main, ChatArguments)
