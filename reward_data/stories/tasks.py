@@ -28,7 +28,7 @@ CORPUS_FAULTS = (
 # sub-check is often right and often wrong: then a reward model sees both, and PPO has room above its starting point.
 OBEY_WORD = 0.45
 OBEY_ENDING = 0.55
-OBEY_NAME = 0.55
+OBEY_NAME = 0.5
 ANSWER_FAULTS = {
     faults.wrong_pronoun: 0.35,
     faults.broken_continuity: 0.35,
