@@ -1,1 +1,4 @@
-"""Where preferences come from: the story world, reviews, and adapters for public formats. Imports nothing from the rest of the project."""
+"""Where preferences come from: the story world, reviews, adapters for public formats.
+
+The ground floor: imports nothing from the rest of the project.
+"""
