@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.models import load_reward
 from pipeline.runtime import use_bf16
+from pipeline.tokenizer import load_tokenizer
 from reward_data.formats import text_of
 
 RewardFunction = Callable[..., list[float]]
@@ -33,8 +35,6 @@ class RewardModel:
     def __init__(
         self, path: str, device: torch.device | str | None = None, mixed_precision: str = "auto", batch_size: int = 64
     ) -> None:
-        from pipeline.models import load_reward, load_tokenizer
-
         self.path, self.batch_size = str(path), batch_size
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.bf16 = use_bf16(mixed_precision)

@@ -73,6 +73,7 @@ class Rollout:
     prompt_lengths: Tensor  # (B,) long
     response_lengths: Tensor  # (B,) long, the end token counted
     ended: Tensor  # (B,) bool: an end token was sampled
+    sampler_logprobs: Tensor  # (B, R) as the sampler computed them; only looked at
     scores: Tensor  # (B,) float, the penalty for a missing end token taken off
     logprobs: Tensor = field(init=False)  # (B, R) of the policy that sampled
     ref_logprobs: Tensor = field(init=False)  # (B, R)

@@ -138,6 +138,7 @@ class PPOTrainer:
             samples.prompt_lengths,
             samples.response_lengths,
             samples.ended,
+            samples.logprobs,
             scores - args.missing_eos_penalty * (~samples.ended),
         )
         return rollout, {"time/sample": sampled - start, "time/score": self._clock() - sampled}
@@ -273,11 +274,13 @@ class PPOTrainer:
         """Means over the answers (kl, scores, …: sums over an answer's tokens) or tokens (entropy) of all processes."""
         mask, lengths, scores = rollout.mask, rollout.response_lengths.float(), rollout.scores
         k3 = A.kl_k3(rollout.logprobs, rollout.ref_logprobs)
+        gap = (rollout.sampler_logprobs - rollout.logprobs).abs()
         one = torch.ones_like(scores)
-        table = torch.stack([one, (kl * mask).sum(1), (k3 * mask).sum(1), (rollout.entropy * mask).sum(1), lengths,
-                             scores, scores**2, (~rollout.ended).float()], dim=1).double().sum(0)  # fmt: skip
-        table = self.reduce(table) if self.reduce else table
-        count, kl1, kl3, entropy, length, score, score_squared, truncated = table.tolist()
+        per_token = [(table * mask).sum(1) for table in (kl, k3, rollout.entropy, gap)]
+        per_answer = [one, lengths, scores, scores**2, (~rollout.ended).float()]
+        sums = torch.stack(per_token + per_answer, dim=1).double().sum(0)
+        sums = (self.reduce(sums) if self.reduce else sums).tolist()
+        kl1, kl3, entropy, gap, count, length, score, score_squared, truncated = sums
         mean_score, penalty = score / count, -self.args.kl_coef * kl1 / count
         return {
             "objective/kl": kl1 / count,
@@ -289,6 +292,7 @@ class PPOTrainer:
             "objective/entropy": entropy / length,
             "response/length": length / count,
             "response/without_eos": truncated / count,
+            "val/sampler_gap": gap / length,
             "val/explained_variance": A.explained_variance(rollout.values, rollout.returns, mask, self.reduce).item(),
         }
 
@@ -335,7 +339,7 @@ class PPOTrainer:
             proxy = self.rewards(batch.prompts, answers, **batch.columns)
             gold = checked("gold", self.gold, batch.prompts, answers, batch.columns) if self.gold else [0.0]
             rollout = Rollout(samples.sequences, samples.prompt_lengths, samples.response_lengths, samples.ended,
-                              torch.tensor(proxy, device=self.device))  # fmt: skip
+                              samples.logprobs, torch.tensor(proxy, device=self.device))  # fmt: skip
             everything = torch.arange(len(batch.ids), device=self.device)
             plan = [list(everything.split(self.args.per_device_train_batch_size))]
             with self.accelerator.autocast():
