@@ -1,0 +1,253 @@
+"""The report: fixed names in summary.json, a page that loads nothing, and runs that are not finished."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from fake_run import ANSWERS, POLICIES, PROMPTS, SECONDS, WIN_RATE, write_run
+from rich.console import Console
+from safetensors.torch import save_file
+
+from pipeline import report
+from pipeline.arguments import ReportArguments, resolve
+from pipeline.errors import UserError
+from pipeline.report_html import page
+from pipeline.report_plots import PALETTE, draw_plots
+from stages import report as stage
+
+PLOTS = ["gold", "pretrain-loss", "pretrain-bpb", "sft-loss", "reward-accuracy", "reward-loss", "reward-calibration",
+         "ppo-reward", "ppo-gold", "ppo-kl", "ppo-length"]  # fmt: skip
+
+
+def make(run: Path) -> Path:
+    stage.main(resolve(ReportArguments(run_dir=str(run))))
+    return run / "report"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_run(tmp_path_factory.mktemp("runs") / "full")
+    save_file({"a": torch.zeros(300, 1000), "b": torch.zeros(700_000)}, folder / "ppo" / "model.safetensors")
+    make(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def html(run: Path) -> str:
+    return (run / "report/report.html").read_text()
+
+
+# ---- summary.json ---------------------------------------------------------------------------------------------------
+
+
+def test_summary_has_the_fixed_names_and_the_recorded_values(run: Path) -> None:
+    summary = json.loads((run / "report/summary.json").read_text())
+    assert list(summary) == ["preset", "seed", "total_seconds", "stages", "policies", "win_rate"]
+    assert summary["preset"] == "stories" and summary["seed"] == 0
+    assert summary["total_seconds"] == pytest.approx(sum(SECONDS.values()))
+    stages = summary["stages"]
+    assert list(stages) == ["tokenizer", "pretrain", "sft", "preferences", "reward", "ppo", "evaluate"]
+    fixed = {name: list(figures) for name, figures in stages.items()}
+    assert fixed["pretrain"][:4] == ["val_bpb", "bigram_bpb", "tokens_per_s", "seconds"]
+    assert fixed["sft"][:2] == ["val_loss", "seconds"] and "eval_loss" not in fixed["sft"]
+    assert fixed["reward"][:2] == ["accuracy", "seconds"]
+    assert fixed["ppo"][:3] == ["episodes_per_s", "kl", "seconds"]
+    assert fixed["evaluate"] == ["seconds"]
+    assert stages["pretrain"]["val_bpb"] == 0.787 and stages["sft"]["val_loss"] == 1.734
+    assert stages["reward"]["accuracy"] == 0.871 and stages["ppo"]["kl"] == 9.8 and stages["ppo"]["seconds"] == 216.3
+    assert list(summary["policies"]) == ["pretrain", "sft", "best_of_16", "ppo"]
+    for name, figures in summary["policies"].items():
+        assert list(figures)[:5] == ["gold", "proxy", "kl", "length", "distinct_2"]
+        assert figures == POLICIES[name]
+    assert summary["win_rate"] == WIN_RATE
+
+
+def test_summary_of_an_old_record_has_null_for_what_was_not_recorded(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", ("pretrain",))
+    file = folder / "pretrain/stage.json"
+    record = json.loads(file.read_text())
+    del record["metrics"]["bigram_bpb"]
+    file.write_text(json.dumps(record))
+    summary = report.summary(report.read_run(folder))
+    assert summary["stages"]["pretrain"]["bigram_bpb"] is None
+    assert summary["policies"] == {} == summary["win_rate"]
+
+
+# ---- headline -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("interval", "title"), [
+    ([0.77, 0.85], "PPO made the model better"),
+    ([0.46, 0.58], "PPO made no clear difference"),
+    ([0.20, 0.49], "PPO made the model worse"),
+])  # fmt: skip
+def test_headline_says_what_the_interval_allows(run: Path, interval: list[float], title: str) -> None:
+    read = report.read_run(run)
+    read.win_rate = {"ppo_vs_sft": {"mean": sum(interval) / 2, "ci95": interval, "n": 256}}
+    said, sentence = report.headline(read)
+    assert said == title
+    assert "0.53 (0.49–0.57)" in sentence and "0.82 (0.79–0.85)" in sentence and "256 held-out prompts" in sentence
+    assert f"{interval[0]:.0%} to {interval[1]:.0%}" in sentence
+
+
+def test_a_run_without_a_gold_judge_is_reported(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    file = folder / "evaluate/scores.json"
+    scores = json.loads(file.read_text())
+    policies = {name: figures | {"gold": None, "gold_ci95": None} for name, figures in scores["policies"].items()}
+    file.write_text(json.dumps(scores | {"policies": policies, "win_rate": {}}))
+    samples = folder / "evaluate/samples.jsonl"
+    rows = [json.loads(line) | {"gold": None} for line in samples.read_text().splitlines()]
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = (make(folder) / "report.md").read_text()
+    assert text.startswith("# No gold judge") and "0.02 to 1.71" in text
+    assert "gold" not in {plot.name for plot in draw_plots(report.read_run(folder))}
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+
+class Tags(HTMLParser):
+    """Collects tags and attributes, and checks that every tag is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attributes)))
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_page_loads_nothing(html: str) -> None:
+    tags = Tags(html)
+    assert tags.open == []
+    names = {tag for tag, _ in tags.seen}
+    assert not names & {"script", "link", "iframe", "object", "embed", "img", "base"}
+    for _, attributes in tags.seen:
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            assert name not in ("src", "action", "srcset", "data")
+            assert not name.endswith("href") or value.startswith("#")
+    assert "http://" not in html and "https://" not in html and "@import" not in html
+    assert not re.search(r"url\((?!#)", html)
+
+
+def test_page_is_for_phones_and_for_the_dark(html: str) -> None:
+    assert 'name="viewport"' in html and "prefers-color-scheme: dark" in html
+    body = html[html.index("<body>") :]
+    assert not [colour for colour in PALETTE.values() if colour in body]  # plots follow the page's colours
+    assert "DejaVu" not in body and "var(--ppo)" in body
+
+
+def test_page_shows_samples_and_escapes_them(html: str) -> None:
+    assert "Use: &lt;b&gt;drum&lt;/b&gt;" in html and "<b>drum" not in html
+    assert html.count('<div class="sample">') == 3  # of the four prompts in the file
+    assert ANSWERS["sft"] in html and "&quot;Can I hold it?&quot;" in html and "cut off" in html
+    assert PROMPTS[3] not in html
+
+
+def test_page_has_ids_once_and_refers_to_ids_it_has(html: str) -> None:
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids)) > 50
+    used = re.findall(r'href="#([^"]+)"', html) + re.findall(r"url\(#([^)]+)\)", html)
+    assert used and set(used) <= set(ids)
+
+
+def test_page_says_what_was_run_from_which_inputs(html: str) -> None:
+    assert "python -m stages.ppo --config configs/stories/ppo.yaml" in html
+    assert "abababab" in html and "ab" * 6 not in html  # the beginning of the sha256 is enough
+    assert "0123456789ab-dirty" in html and "torch 2.13.0" in html
+    assert "9 min 20 s" in html and "2,457,600 tokens" in html and "1.00 M" in html
+
+
+# ---- plots ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_plot_is_drawn_twice(run: Path) -> None:
+    plots = draw_plots(report.read_run(run))
+    assert [plot.name for plot in plots] == PLOTS
+    for plot in plots:
+        assert plot.svg.startswith("<svg viewBox=") and plot.svg.endswith("</svg>") and plot.title in plot.svg
+        assert plot.png.startswith(b"\x89PNG") and (run / f"report/plots/{plot.name}.png").read_bytes() == plot.png
+
+
+def test_markdown_names_plots_that_exist(run: Path) -> None:
+    text = (run / "report/report.md").read_text()
+    paths = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
+    assert len(paths) == len(PLOTS) and all((run / "report" / path).is_file() for path in paths)
+    assert "| PPO | 0.82 (0.79–0.85) | 1.71 | 9.8 | 49.3 | 0.29 | 0.95 | 0% |" in text
+    assert "\\<b\\>drum" in text
+
+
+# ---- what may be missing or damaged ---------------------------------------------------------------------------------
+
+
+def test_a_pretraining_run_is_reported_as_far_as_it_went(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", ("tokenizer", "pretrain"))
+    made = make(folder)
+    html, text = (made / "report.html").read_text(), (made / "report.md").read_text()
+    Tags(html)
+    for page_text in (html, text):
+        assert "No verdict yet" in page_text and "sft, preferences, reward, ppo, evaluate" in page_text
+        assert "Held-out bits per byte" in page_text and "Policies" not in page_text
+    assert sorted(p.name for p in (made / "plots").iterdir()) == ["pretrain-bpb.png", "pretrain-loss.png"]
+
+
+def test_an_empty_run_and_damaged_files_are_user_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no stage has finished"):
+        make(tmp_path)
+    folder = write_run(tmp_path / "run")
+    (folder / "ppo/metrics.jsonl").write_text('{"step": 1}\n{"st')
+    with pytest.raises(UserError, match=r"ppo/metrics.jsonl has a line that is not JSON; run `make ppo` again"):
+        make(folder)
+    (folder / "ppo/metrics.jsonl").write_text("")
+    (folder / "evaluate/scores.json").unlink()
+    with pytest.raises(UserError, match=r"scores\.json is missing"):
+        make(folder)
+
+
+def test_a_stage_without_metrics_has_no_plots(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", ("tokenizer", "pretrain", "sft"))
+    (folder / "sft/metrics.jsonl").unlink()
+    read = report.read_run(folder)
+    assert [plot.group for plot in draw_plots(read)] == ["pretrain", "pretrain"]
+    assert "Fine-tuning" not in page(read, [], 3)
+
+
+def test_points_that_are_no_numbers_are_left_out(run: Path) -> None:
+    read = report.read_run(run)
+    read.metrics["sft"] = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": float("nan")}, {"step": 3}, {"loss": 1.0},
+                           {"step": 5, "loss": None}, {"step": 6, "loss": 1.0}]  # fmt: skip
+    assert read.series("sft", "loss") == ([1, 6], [2.0, 1.0])
+
+
+@pytest.mark.parametrize(("seconds", "text"), [
+    (7.6, "8 s"), (59.7, "1 min 00 s"), (185, "3 min 05 s"), (7_810, "2 h 10 min"),
+])  # fmt: skip
+def test_duration(seconds: float, text: str) -> None:
+    assert report.duration(seconds) == text
+
+
+# ---- the terminal ---------------------------------------------------------------------------------------------------
+
+
+def test_the_end_of_the_run_is_shown(run: Path) -> None:
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    stage.show(report.read_run(run), resolve(ReportArguments(run_dir=str(run))), console)
+    shown = console.export_text()
+    for words in (r"PPO +0\.82 \(0\.79–0\.85\) +9\.8 +49\.3", r"Best of 16 +0\.76", r"SFT, gold 0\.53 +PPO, gold 0\.82",
+                  r"Tom & Ann\. Use: <b>drum</b>", r"report/report\.html", r"9 min 20 s in all"):  # fmt: skip
+        assert re.search(words, shown.replace("\n", " ")), words
