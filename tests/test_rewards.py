@@ -1,0 +1,191 @@
+"""Rewards: models with their own tokenizers, functions, mixes, and one clear sentence for each way to fail."""
+
+import sys
+
+import pytest
+import torch
+from ppo_tools import config, critic, tokenizer
+from transformers import BertConfig, BertForSequenceClassification, Qwen3ForSequenceClassification
+
+from pipeline.errors import UserError
+from pipeline.rewards import RewardModel, WeightedRewards, is_function_name, load_rewards
+
+TALK = [[{"role": "user", "content": text}] for text in ("t6 t7", "t8", "t9")]
+ANSWERS = ["t10 t11 t12 t13", "t10", "t12 t13"]
+
+
+def saved(folder, model=None, words=None, **extra):
+    model = model or critic(seed=4)
+    for name, value in extra.items():
+        setattr(model.config, name, value)
+    model.save_pretrained(folder)
+    (words or tokenizer()).save_pretrained(folder)
+    return str(folder)
+
+
+def score_alone(model, ids):
+    with torch.no_grad():
+        hidden = model.model(torch.tensor([ids])).last_hidden_state
+        return model.score(hidden)[0, -1, 0].item()
+
+
+def test_conversations_are_scored_through_the_models_own_template(tmp_path):
+    model = critic(seed=4)
+    reward = RewardModel(saved(tmp_path, model), mixed_precision="no", batch_size=2)
+    found = reward(TALK, ANSWERS, unused=[1, 2, 3])
+    rows = [[3, 6, 7, 5, 4, 10, 11, 12, 13, 5], [3, 8, 5, 4, 10, 5], [3, 9, 5, 4, 12, 13, 5]]
+    assert found == pytest.approx([score_alone(model, row) for row in rows], abs=1e-5)
+    messages = [[{"role": "assistant", "content": text}] for text in ANSWERS]
+    assert reward(TALK, messages) == found
+
+
+def test_plain_text_ends_with_the_models_end_token(tmp_path):
+    model = critic(seed=4)
+    reward = RewardModel(saved(tmp_path, model), mixed_precision="no")
+    # The end token is glued to the text, so a word model needs the space in the answer.
+    found = reward(["t6 t7 "], ["t10 "])
+    assert found == pytest.approx([score_alone(model, [6, 7, 10, 1])], abs=1e-5)
+
+
+def test_a_reward_model_with_another_tokenizer(tmp_path):
+    """The policy's words are t0 …; this model's ids are shifted by three and its vocabulary is larger."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<p>": 0, "<e>": 1, "<u>": 2, **{f"t{i}": i + 3 for i in range(16)}}, "<u>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    other = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<p>", eos_token="<e>", unk_token="<u>")
+    other.chat_template = "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
+    model = critic(seed=4, size=24)
+    reward = RewardModel(saved(tmp_path, model, other), mixed_precision="no")
+    assert reward(TALK[:1], ANSWERS[:1]) == pytest.approx([score_alone(model, [9, 10, 13, 14, 15, 16])], abs=1e-5)
+
+
+def test_score_is_read_at_the_last_token_even_if_pad_is_the_end_token(tmp_path):
+    model = critic(seed=4)
+    plain = RewardModel(saved(tmp_path / "a", model), mixed_precision="no")
+    glued = RewardModel(saved(tmp_path / "b", model, tokenizer(pad="t5"), pad_token_id=5), mixed_precision="no")
+    assert glued(TALK, ANSWERS) == pytest.approx(plain(TALK, ANSWERS), abs=1e-5)
+
+
+def test_batching_and_order_change_nothing(tmp_path):
+    reward = RewardModel(saved(tmp_path), mixed_precision="no")
+    together = reward(TALK, ANSWERS)
+    alone = [reward([p], [c])[0] for p, c in zip(TALK, ANSWERS, strict=True)]
+    assert together == pytest.approx(alone, abs=1e-5) and len(set(together)) == 3
+
+
+def test_scores_are_standardised_by_the_models_config(tmp_path):
+    plain = RewardModel(saved(tmp_path / "a"), mixed_precision="no")(TALK, ANSWERS)
+    path = saved(tmp_path / "b", reward_mean=2.0, reward_std=0.5)
+    shifted = RewardModel(path, mixed_precision="no")(TALK, ANSWERS)
+    assert shifted == pytest.approx([(r - 2.0) / 0.5 for r in plain], abs=1e-4)
+
+
+def test_bf16_changes_little_and_something(tmp_path):
+    path = saved(tmp_path)
+    exact, rounded = (RewardModel(path, mixed_precision=p)(TALK, ANSWERS) for p in ("no", "bf16"))
+    assert rounded != exact and rounded == pytest.approx(exact, abs=0.1)
+
+
+def test_a_stock_classifier_and_one_with_another_head(tmp_path):
+    torch.manual_seed(0)
+    stock = Qwen3ForSequenceClassification(config(num_labels=1)).eval()
+    reward = RewardModel(saved(tmp_path / "q", stock), mixed_precision="no")
+    assert reward(TALK[:1], ["t10"]) == pytest.approx([score_alone(stock, [3, 6, 7, 5, 4, 10, 5])], abs=1e-5)
+    shape = BertConfig(vocab_size=16, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+                       num_labels=1)  # fmt: skip
+    bert = BertForSequenceClassification(shape).eval()
+    reward = RewardModel(saved(tmp_path / "b", bert), mixed_precision="no")
+    expected = bert(torch.tensor([[3, 8, 5, 4, 10, 5]])).logits.item()
+    assert reward(TALK, ANSWERS)[1] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_conversation_longer_than_the_context_keeps_its_end(tmp_path):
+    model = critic(seed=4)
+    reward = RewardModel(saved(tmp_path, model), mixed_precision="no")
+    ids = [3, 6, 5, 4] + [10] * 60 + [5]
+    found = reward([[{"role": "user", "content": "t6"}]], [" ".join(["t10"] * 60)])
+    assert found == pytest.approx([score_alone(model, ids[-48:])], abs=1e-5)
+
+
+# --- functions and mixes ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def functions(tmp_path, monkeypatch):
+    (tmp_path / "some_rewards.py").write_text(
+        "def length(prompts, completions, **columns):\n    return [len(c.split()) for c in completions]\n"
+        "def answer(prompts, completions, answer, **columns):\n"
+        "    return [float(a in c) for a, c in zip(answer, completions)]\n"
+        "constant = 3\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    sys.modules.pop("some_rewards", None)
+
+
+def test_functions_and_models_mix_by_weight(functions, tmp_path):
+    path = saved(tmp_path / "model")
+    mix = load_rewards(["some_rewards:length", "some_rewards:answer", path], [0.5, -2.0, 3.0], mixed_precision="no")
+    model = RewardModel(path, mixed_precision="no")(TALK, ANSWERS)
+    found = mix(TALK, ANSWERS, answer=["t11", "t11", "t13"])
+    expected = [0.5 * 4 - 2 + 3 * model[0], 0.5 + 3 * model[1], 0.5 * 2 - 2 + 3 * model[2]]
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert load_rewards(["some_rewards:length"])(TALK, ANSWERS) == [4.0, 1.0, 2.0]
+
+
+def test_names_of_functions_and_folders_are_told_apart(tmp_path):
+    assert is_function_name("package.module:name")
+    assert not is_function_name("runs/stories/reward") and not is_function_name("org/model")
+    assert not is_function_name("C:/models/reward") and not is_function_name("./a:b")
+
+
+@pytest.mark.parametrize(
+    ("names", "weights", "sentence"),
+    [
+        ([], None, "no reward is given"),
+        (["some_rewards:length"], [1.0, 2.0], "2 reward_weights for 1 rewards"),
+        (["some_rewards:lenght"], None, "some_rewards has no function lenght"),
+        (["some_rewards:constant"], None, "has no function constant"),
+        (["no_such_module:f"], None, "importing no_such_module failed"),
+        (["/no/such/folder"], None, "/no/such/folder"),
+    ],
+)
+def test_a_wrong_name_is_one_sentence(functions, names, weights, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load_rewards(names, weights)
+
+
+def raises(prompts, completions, **columns):
+    if "t10" in completions:
+        raise KeyError("boom")
+    return [0.0] * len(completions)
+
+
+def raises_on_batches(prompts, completions, **columns):
+    if len(prompts) > 1:
+        raise ValueError("one at a time")
+    return [0.0]
+
+
+@pytest.mark.parametrize(
+    ("function", "sentence"),
+    [
+        (raises, r"reward mine raised KeyError: 'boom', on row 1 \('t10'\)"),
+        (raises_on_batches, "ValueError: one at a time, on the whole batch"),
+        (lambda p, c, **k: [0.0, float("nan"), 1.0], r"returned nan on row 1 \('t10'\)"),
+        (lambda p, c, **k: [0.0, 1.0, float("inf")], "returned inf on row 2"),
+        (lambda p, c, **k: [0.0, 1.0], "returned 2 values for 3 rows"),
+        (lambda p, c, **k: None, "returned 'None' instead of a list of numbers"),
+        (lambda p, c, **k: ["good", "bad", "good"], "instead of a list of numbers"),
+    ],
+)
+def test_a_reward_that_fails_is_named_with_its_row(function, sentence):
+    with pytest.raises(UserError, match=sentence):
+        WeightedRewards([("mine", function, 1.0)])(TALK, ANSWERS)
+
+
+def test_tensors_and_arrays_of_numbers_are_fine():
+    mix = WeightedRewards([("mine", lambda p, c, **k: torch.arange(3), 2.0)])
+    assert mix(TALK, ANSWERS) == [0.0, 2.0, 4.0]
