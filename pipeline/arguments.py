@@ -45,7 +45,7 @@ class StageArguments(RunArguments):
 
 @dataclass
 class TrainingFields(StageArguments):
-    """Fields of the stages that train with transformers' Trainer (pretrain, sft, reward); names are TrainingArguments'."""
+    """Fields of the stages that train with transformers' Trainer (pretrain, sft, reward), under its names."""
 
     max_steps: int = 1000
     """Optimizer steps."""
@@ -314,9 +314,9 @@ def resolve(args: ArgumentsT) -> ArgumentsT:
         setattr(args, f.name, value)
         counts = ("_steps", "_size", "_bytes", "batch_size", "num_", "max_new_tokens", "max_length")
         may_be_zero = ("warmup", "validation", "test_", "eval_", "num_labels", "dataset_size")
-        if isinstance(value, int) and not isinstance(value, bool) and value < 1 and any(c in f.name for c in counts):
-            if value < 0 or not any(z in f.name for z in may_be_zero):
-                raise UserError(f"{f.name}: {value} is too small; give a positive whole number")
+        least = 0 if any(z in f.name for z in may_be_zero) else 1
+        if type(value) is int and value < least and any(c in f.name for c in counts):
+            raise UserError(f"{f.name}: {value} is too small; give a whole number from {least} up")
     rate = getattr(args, "learning_rate", 1.0)
     if not rate > 0:
         raise UserError(f"learning_rate: {rate} must be above 0")

@@ -1,7 +1,7 @@
 """Checkpoints that are either complete and verified, or not there.
 
-A checkpoint is a folder `<name>-<step>` with a manifest of sha256 sums, written last. A folder without a manifest was cut
-off while it was written; a folder whose sums do not fit was damaged. Both are passed over, and the one before is used.
+A checkpoint is a folder `<name>-<step>` with a manifest of sha256 sums, written last. A folder without a manifest was
+cut off while it was written; one whose sums do not fit was damaged. Both are passed over, and the one before is used.
 """
 
 import hashlib

@@ -17,7 +17,7 @@ from pipeline.runtime import Stage, use_bf16
 
 
 def training_kwargs(args: TrainingFields, stage: Stage) -> dict[str, Any]:
-    """Keyword arguments of transformers' TrainingArguments, or TRL's SFTConfig and RewardConfig, from our fields."""
+    """Keyword arguments of TrainingArguments, and so of TRL's SFTConfig and RewardConfig."""
     on_cpu = not torch.cuda.is_available()
     same = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type",
             "warmup_steps", "weight_decay", "adam_beta2", "max_grad_norm", "gradient_checkpointing", "logging_steps",
@@ -47,6 +47,7 @@ class StageCallback(TrainerCallback):
                  translate: Callable[[dict], dict] = lambda row: row) -> None:  # fmt: skip
         self.stage, self.tokens_per_step, self.translate = stage, tokens_per_step, translate
         self.speeds: list[float] = []
+        self.last_evaluated = -1
         self.clock, self.clock_step, self.paused = time.perf_counter(), 0, 0.0
 
     @property
@@ -73,8 +74,8 @@ class StageCallback(TrainerCallback):
         loss = logs.get("loss", 0.0)
         if not math.isfinite(loss) or not math.isfinite(logs.get("grad_norm", 0.0)):
             raise UserError(
-                f"{self.stage.name}: the loss or its gradient is not a number at step {state.global_step}; lower learning_rate "
-                f"(checkpoints before it are kept in {self.stage.checkpoints})"
+                f"{self.stage.name}: the loss or its gradient is not a number at step {state.global_step}; lower "
+                f"learning_rate (checkpoints before it are kept in {self.stage.checkpoints})"
             )
         if "loss" in logs:
             seconds = time.perf_counter() - self.clock - self.paused
@@ -82,8 +83,11 @@ class StageCallback(TrainerCallback):
                 self.speeds.append((state.global_step - self.clock_step) * self.tokens_per_step / seconds)
                 row["tokens_per_s"] = round(self.speeds[-1])
             self.clock, self.clock_step, self.paused = time.perf_counter(), state.global_step, 0.0
-        if row:
+        # The evaluation after training stands in the log already where the last step was evaluated too.
+        if row and not (self.last_evaluated == state.global_step and "loss" not in logs):
             self.stage.log({"step": state.global_step, **row})
+        if "eval_loss" in logs:
+            self.last_evaluated = state.global_step
 
     def on_evaluate(self, args: HFTrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict,
                     **_: Any) -> None:  # fmt: skip

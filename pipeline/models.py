@@ -26,7 +26,7 @@ def load_reward(path: str, device: torch.device | str | None = None) -> PreTrain
 
 
 def load_critic(path: str, device: torch.device | str | None = None) -> PreTrainedModel:
-    """A value model: the trunk of `path` (a policy or a reward model) and a new head N(0, 1/(d+1)) (N+ details, 2403.17031)."""
+    """A value model: the trunk of `path` (a policy or a reward model), a new head N(0, 1/(d+1)) (arXiv 2403.17031)."""
     critic = load_reward(path, device)
     head = critic.score
     nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)

@@ -1,7 +1,7 @@
 """What every stage stands on: device, precision, seed, progress, metrics and the record of what was done.
 
-A stage opens with `stage = Stage(args, name, inputs)`, which checks all that can be checked before work starts, and ends
-with `stage.finish(metrics)`, which writes stage.json; a folder with stage.json is complete.
+A stage opens with `stage = Stage(args, name, inputs)`, which checks all that can be checked before work starts, and
+ends with `stage.finish(metrics)`, which writes stage.json; a folder with stage.json is complete.
 """
 
 import contextlib
@@ -29,11 +29,13 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pipeline.arguments import ArgumentsT, StageArguments, parse
 from pipeline.checkpoint import latest_checkpoint, sha256_of, write_json
 from pipeline.errors import UserError
+from pipeline.sources import GENERATORS, find_sources
 
 __all__ = ["Stage", "UserError", "bf16_in_hardware", "run", "use_bf16"]
 
@@ -78,7 +80,7 @@ def _quiet_libraries() -> None:
 
 
 def bf16_in_hardware() -> bool:
-    """Whether the GPU, or without one the CPU, multiplies bfloat16 matrices itself (elsewhere it is slower than fp32)."""
+    """Whether the GPU, or without one the CPU, multiplies bfloat16 matrices itself; elsewhere fp32 is faster."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
@@ -104,7 +106,8 @@ class Stage:
         self.started, self.clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
         self.seconds_before = 0.0
         self._progress: Progress | None = None
-        self.inputs = {key: _fingerprint(name, key, path, args) for key, path in inputs.items() if path}
+        named = {key: path for key, path in inputs.items() if path and path not in GENERATORS}
+        self.inputs = {key: _fingerprint(name, key, path, args) for key, path in named.items()}
         _check_writable(self.output_dir)
         self.resume_from = self._resume_point()
         self.seed()
@@ -190,7 +193,8 @@ class Stage:
     def say(self, sentence: str) -> None:
         """Print one line on the main process, above the progress bar."""
         if self.is_main:
-            (self._progress.console if self._progress else console).print(f"[bold]{self.name}[/bold]  {sentence}")
+            shown = self._progress.console if self._progress else console
+            shown.print(f"[bold]{self.name}[/bold]  {escape(sentence)}", soft_wrap=True)
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append one object to metrics.jsonl and print it as a readable line; main process only."""
@@ -250,6 +254,7 @@ def _short(value: float) -> str:
 
 
 def _is_local(path: str, args: StageArguments) -> bool:
+    """Whether `path` must exist here; `owner/name` that is no folder is a hub name."""
     return Path(path).exists() or path.startswith(("/", ".", "~", args.run_dir)) or path.count("/") != 1
 
 
@@ -259,6 +264,8 @@ def _fingerprint(stage: str, key: str, path: str, args: StageArguments) -> dict[
         return {"path": path, "sha256": "hub"}
     place = Path(path).expanduser()
     if not place.exists():
+        if key == "dataset" and not path.startswith(args.run_dir):
+            find_sources(path)  # raises with the nearest names
         hint = f"run `make {place.name}` first" if path.startswith(args.run_dir) else "check the path"
         raise UserError(f"{stage}: {key} {path} does not exist; {hint}")
     if place.is_file():
@@ -282,11 +289,11 @@ def _check_writable(folder: Path) -> None:
         probe.write_bytes(b"x")
         probe.unlink()
     except OSError as error:
-        raise UserError(f"the folder {folder} cannot be written ({error.strerror}); choose another output_dir") from None
-    free = shutil.disk_usage(folder).free
-    if free < MIN_FREE_BYTES:
-        need = MIN_FREE_BYTES // 1_000_000
-        raise UserError(f"the disk of {folder} has {free // 1_000_000} MB free, at least {need} MB are needed; make room")
+        why = error.strerror
+        raise UserError(f"the folder {folder} cannot be written ({why}); choose another output_dir") from None
+    free, need = shutil.disk_usage(folder).free // 1_000_000, MIN_FREE_BYTES // 1_000_000
+    if free < need:
+        raise UserError(f"the disk of {folder} has {free} MB free, at least {need} MB are needed; make room")
 
 
 def _versions() -> dict[str, str]:
@@ -296,7 +303,8 @@ def _versions() -> dict[str, str]:
 
 def _git_commit() -> str | None:
     here = Path(__file__).parent
-    result = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True)
+    words = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    result = subprocess.run(words, cwd=here, capture_output=True, text=True)
     return result.stdout.strip() or None if result.returncode == 0 else None
 
 

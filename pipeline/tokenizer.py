@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int = 1_000_000) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Learn merges from `texts` up to `vocab_size` entries (special tokens and bytes included)."""
     floor = len(SPECIAL_TOKENS) + 256
     if vocab_size < floor:
@@ -42,14 +42,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     bpe.train_from_iterator(texts, trainer)
-    return _fast(bpe, model_max_length)
-
-
-def _fast(tokenizer: Tokenizer, model_max_length: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END_OF_TEXT, additional_special_tokens=list(SPECIAL_TOKENS[2:]),
-        chat_template=CHAT_TEMPLATE, padding_side="right", model_max_length=model_max_length,
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=bpe, pad_token=PAD, eos_token=END_OF_TEXT, additional_special_tokens=list(SPECIAL_TOKENS[2:]),
+        chat_template=CHAT_TEMPLATE, padding_side="right", clean_up_tokenization_spaces=False,
     )  # fmt: skip
 
 
@@ -96,8 +91,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompts: list) -> list[list[i
 
 def response_texts(tokenizer: PreTrainedTokenizerFast, samples: Samples) -> list[str]:
     """The answers in `samples` as text, special tokens left out."""
-    spans = zip(samples.sequences.tolist(), samples.prompt_lengths.tolist(), samples.response_lengths.tolist(), strict=True)
-    ids = [row[start : start + length] for row, start, length in spans]
+    spans = (samples.sequences, samples.prompt_lengths, samples.response_lengths)
+    rows = zip(*(span.tolist() for span in spans), strict=True)
+    ids = [row[start : start + length] for row, start, length in rows]
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 

@@ -34,7 +34,7 @@ def main(args: EvaluateArguments) -> None:
     if args.best_of < 1:
         raise UserError(f"best_of: {args.best_of} is too small; give a positive whole number")
     names = {"pretrain": args.pretrain_model, "sft": args.sft_model, "ppo": args.ppo_model}
-    inputs = names | {"reward": args.reward_model, "dataset": data.local_path(args.dataset)}
+    inputs = names | {"reward": args.reward_model, "dataset": args.dataset}
     stage = runtime.Stage(args, "evaluate", inputs)
     if not stage.is_main:  # a minute's work: one process does it
         return

@@ -14,7 +14,7 @@ def main(args: PPOArguments) -> None:
     """Policy and reference start from the SFT model, the critic from the reward model; the reward model stays fixed."""
     rewards = {f"reward_{i}": r for i, r in enumerate(args.reward) if ":" not in r}
     inputs = {"model": args.model_name_or_path, "critic": args.critic_name_or_path, **rewards}
-    stage = runtime.Stage(args, "ppo", inputs | {"dataset": data.local_path(args.dataset)})
+    stage = runtime.Stage(args, "ppo", inputs | {"dataset": args.dataset})
     tokenizer = load_tokenizer(args.model_name_or_path)
     policy, reference = (load_policy(args.model_name_or_path) for _ in range(2))
     critic = load_critic(args.critic_name_or_path)

@@ -17,9 +17,9 @@ from pipeline.tokenizer import load_tokenizer, prompt_ids, response_texts, stop_
 
 
 def main(args: PreferencesArguments) -> None:
-    """Write train.jsonl and test.jsonl: pairs that people labelled, or the policy's own answers labelled by a function."""
+    """Write train.jsonl and test.jsonl: pairs that people labelled, or the policy's answers labelled by a function."""
     human = args.labeller == "human"
-    inputs = {"dataset": data.local_path(args.dataset)} | ({} if human else {"model": args.model_name_or_path})
+    inputs = {"dataset": args.dataset} | ({} if human else {"model": args.model_name_or_path})
     stage = runtime.Stage(args, "preferences", inputs)
     if not stage.is_main:  # one process does it all: the pairs then do not depend on the number of processes
         return

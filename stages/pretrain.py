@@ -4,7 +4,6 @@ import math
 from functools import partial
 
 import torch
-from datasets import Dataset
 from transformers import Qwen3Config, Trainer, TrainingArguments
 
 from pipeline import data, runtime
@@ -18,17 +17,17 @@ from pipeline.tokenizer import check_fits, load_tokenizer
 
 
 def main(args: PretrainArguments) -> None:
-    """Pack documents into rows, train on next tokens, report held-out bits per byte beside a bigram's and a uniform's."""
+    """Pack documents into rows, train on next tokens, report held-out bits per byte beside a bigram's."""
     inputs = {"tokenizer": args.tokenizer_name_or_path, "model": args.model_name_or_path,
-              "dataset": data.local_path(args.dataset)}  # fmt: skip
+              "dataset": args.dataset}  # fmt: skip
     stage = runtime.Stage(args, "pretrain", inputs)
     tokenizer = load_tokenizer(args.tokenizer_name_or_path)
     model = build_model(args, tokenizer)
-    rows, _ = _rows(args, tokenizer, "train", args.max_bytes)
-    held_out, held_out_bytes = _rows(args, tokenizer, "validation", args.validation_bytes)
-
-    # All of a row's tokens but the first are predicted; the bytes are those of the whole text.
-    to_bpb = partial(bits_per_byte, tokens=held_out.num_rows * args.block_size, text_bytes=held_out_bytes)
+    training = _pack(args, tokenizer, "train", args.max_bytes)
+    validation = _pack(args, tokenizer, "validation", args.validation_bytes)
+    rows, held_out = training.blocks, validation.blocks
+    # The mean loss of a token, over all tokens of the text and its bytes.
+    to_bpb = partial(bits_per_byte, tokens=validation.tokens, text_bytes=validation.bytes)
 
     def translate(row: dict) -> dict:
         if "eval_loss" not in row:
@@ -41,7 +40,7 @@ def main(args: PretrainArguments) -> None:
     )  # fmt: skip
     tokens_per_step = _tokens_per_step(args, trainer.args.world_size)
     callback = StageCallback(stage, tokens_per_step, translate)
-    stage.say(f"{parameter_count(model):,} parameters, {rows.num_rows * args.block_size:,} training tokens")
+    stage.say(f"{parameter_count(model):,} parameters, {training.tokens:,} training tokens")
     attach(trainer, callback)
     train(trainer, stage)
 
@@ -69,11 +68,12 @@ def build_model(args: PretrainArguments, tokenizer: object) -> torch.nn.Module:
         check_fits(tokenizer, model.config.vocab_size, args.model_name_or_path)
         return model.train()
     if args.block_size > args.max_position_embeddings:
-        raise UserError(f"block_size {args.block_size} is longer than max_position_embeddings {args.max_position_embeddings}")
+        limit = args.max_position_embeddings
+        raise UserError(f"block_size {args.block_size} is longer than max_position_embeddings {limit}")
     if args.num_attention_heads % args.num_key_value_heads:
         raise UserError("num_attention_heads must be a multiple of num_key_value_heads")
-    shape = ("max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-             "head_dim", "intermediate_size")  # fmt: skip
+    shape = ("max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "head_dim", "intermediate_size")  # fmt: skip
     config = Qwen3Config(
         vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=True, use_cache=False, **{name: getattr(args, name) for name in shape},
@@ -81,12 +81,9 @@ def build_model(args: PretrainArguments, tokenizer: object) -> torch.nn.Module:
     return GPTForCausalLM(config).train()
 
 
-def _rows(args: PretrainArguments, tokenizer: object, split: str, max_bytes: int) -> tuple[Dataset, int]:
+def _pack(args: PretrainArguments, tokenizer: object, split: str, max_bytes: int) -> data.Packed:
     texts = data.load_texts(args.dataset, split=split, seed=args.seed, max_bytes=max_bytes)
-    rows, text_bytes = data.pack(texts, tokenizer, args.block_size)
-    if rows.num_rows == 0:
-        raise UserError(f"the {split} text of {args.dataset} is shorter than one row of {args.block_size} tokens")
-    return rows, text_bytes
+    return data.pack(texts, tokenizer, args.block_size)
 
 
 def _collate(rows: list[dict]) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ CALIBRATION_BINS = 10
 
 def main(args: RewardArguments) -> None:
     """Fit r(prompt, answer) so that σ(r(chosen) − r(rejected)) is the share of people who chose it (Bradley-Terry)."""
-    stage = runtime.Stage(args, "reward", {"model": args.model_name_or_path, "dataset": data.local_path(args.dataset)})
+    stage = runtime.Stage(args, "reward", {"model": args.model_name_or_path, "dataset": args.dataset})
     tokenizer = load_tokenizer(args.model_name_or_path)
     model = load_critic(args.model_name_or_path).train()  # the trunk of the SFT model, a new head N(0, 1/(d+1))
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -55,8 +55,8 @@ def check_lengths(args: RewardArguments, tokenizer: object, splits: dict[str, Da
                 for i, ids in enumerate(tokenizer(chats, add_special_tokens=False)["input_ids"]):
                     if len(ids) >= args.max_length:
                         raise UserError(
-                            f"reward: row {first + i + 1} of {args.dataset} ({split}, {side}) has {len(ids)} tokens, more than "
-                            f"max_length {args.max_length} allows; raise max_length or shorten the row"
+                            f"reward: row {first + i + 1} of {args.dataset} ({split}, {side}) has {len(ids)} tokens, "
+                            f"more than max_length {args.max_length} allows; raise max_length or shorten the row"
                         )
 
 

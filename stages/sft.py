@@ -13,7 +13,7 @@ from pipeline.tokenizer import END_OF_TURN, check_fits, load_tokenizer
 
 def main(args: SFTArguments) -> None:
     """Teach the model to answer: the loss is on the tokens of the answer and of its end, not on the prompt."""
-    stage = runtime.Stage(args, "sft", {"model": args.model_name_or_path, "dataset": data.local_path(args.dataset)})
+    stage = runtime.Stage(args, "sft", {"model": args.model_name_or_path, "dataset": args.dataset})
     tokenizer, model = load_tokenizer(args.model_name_or_path), load_policy(args.model_name_or_path).train()
     check_fits(tokenizer, model.config.vocab_size, args.model_name_or_path)
     rows = data.load_instructions(args.dataset, split="train", seed=args.seed, size=args.dataset_size)

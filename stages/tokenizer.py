@@ -7,7 +7,7 @@ from pipeline.tokenizer import save_tokenizer, train_tokenizer
 
 def main(args: TokenizerArguments) -> None:
     """Learn byte-level BPE merges from the corpus and save the fast tokenizer."""
-    stage = runtime.Stage(args, "tokenizer", {"dataset": data.local_path(args.dataset)})
+    stage = runtime.Stage(args, "tokenizer", {"dataset": args.dataset})
     if not stage.is_main:
         return
     texts = data.load_texts(args.dataset, split="train", seed=args.seed, max_bytes=args.max_bytes)

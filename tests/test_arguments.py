@@ -110,8 +110,8 @@ def test_accelerate_parses_its_files(path: Path) -> None:
     assert parsed.num_processes == raw["num_processes"] and parsed.distributed_type.value == raw["distributed_type"]
     args = launch_command_parser().parse_args(["--config_file", str(path), "-m", "stages.sft"])
     if raw["distributed_type"] == "DEEPSPEED":
-        pytest.importorskip("deepspeed", reason="accelerate checks DeepSpeed files further only with deepspeed installed")
-    args, defaults, _ = _validate_launch_command(args)
+        pytest.importorskip("deepspeed", reason="accelerate checks these files further only with deepspeed installed")
+    args, _, _ = _validate_launch_command(args)
     assert args.num_processes == raw["num_processes"]
     assert args.use_fsdp == (raw["distributed_type"] == "FSDP")
     if args.use_fsdp:

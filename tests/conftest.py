@@ -1,0 +1,28 @@
+"""One smoke run of the whole chain, made once a session by `make` itself; the tests of the stages read it."""
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on the network
+
+
+def make(*words: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    """Run make in the project's root."""
+    return subprocess.run(["make", *words], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished `make smoke`."""
+    run = tmp_path_factory.mktemp("runs") / "smoke"
+    started = time.monotonic()
+    done = make("smoke", f"RUN={run}")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (run / "make.log").write_text(done.stdout + done.stderr)
+    (run / "make.seconds").write_text(f"{time.monotonic() - started:.1f}")
+    return run

@@ -1,0 +1,150 @@
+"""The chain as people run it: make, one stage alone, two processes, killed and started again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from pipeline.checkpoint import sha256_of
+from pipeline.models import load_policy, load_reward
+
+STAGES = ["tokenizer", "pretrain", "sft", "preferences", "reward", "ppo", "evaluate", "report"]
+TRAINED = ["pretrain", "sft", "reward", "ppo"]
+
+
+def record(folder: Path) -> dict:
+    return json.loads((folder / "stage.json").read_text())
+
+
+def command(stage: str, run: Path, output: Path, *words: str) -> list[str]:
+    return ["-m", f"stages.{stage}", "--config", f"configs/smoke/{stage}.yaml", "--run_dir", str(run),
+            "--output_dir", str(output), *words]  # fmt: skip
+
+
+def test_every_stage_leaves_its_files(smoke: Path) -> None:
+    for stage in STAGES:
+        done = record(smoke / stage)
+        assert done["stage"] == stage and done["preset"] == "smoke" and done["seed"] == 0
+        assert done["seconds"] > 0 and done["versions"]["torch"] and done["config"]["run_dir"] == str(smoke)
+        assert all(len(i["sha256"]) == 64 for i in done["inputs"].values())
+    for stage in TRAINED:
+        files = {p.name for p in (smoke / stage).iterdir()}
+        assert {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "checkpoints"} <= files
+        assert not [f for f in files if f.endswith((".bin", ".pkl", ".pt"))]
+        lines = [json.loads(line) for line in (smoke / stage / "metrics.jsonl").read_text().splitlines()]
+        assert len(lines) > 2 and all("step" in line for line in lines)
+
+
+def test_folders_open_as_stock_models_with_equal_outputs(smoke: Path) -> None:
+    ids = torch.arange(6, 46).view(2, 20)
+    for stage in ("pretrain", "sft", "ppo"):
+        config = json.loads((smoke / stage / "config.json").read_text())
+        assert config["architectures"] == ["Qwen3ForCausalLM"] and config["model_type"] == "qwen3"
+        stock = AutoModelForCausalLM.from_pretrained(smoke / stage, dtype=torch.float32).eval()
+        torch.testing.assert_close(stock(ids).logits, load_policy(str(smoke / stage))(ids).logits, atol=1e-4, rtol=1e-4)
+        assert AutoTokenizer.from_pretrained(smoke / stage).pad_token_id == 0
+    stock = AutoModelForSequenceClassification.from_pretrained(smoke / "reward", dtype=torch.float32).eval()
+    torch.testing.assert_close(stock(ids).logits, load_reward(str(smoke / "reward"))(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_answers_end_at_the_end_of_the_turn(smoke: Path) -> None:
+    for stage in ("sft", "ppo"):
+        generation = json.loads((smoke / stage / "generation_config.json").read_text())
+        assert generation["eos_token_id"] == [5, 1] and generation["pad_token_id"] == 0
+
+
+def test_training_did_something(smoke: Path) -> None:
+    pretrain = record(smoke / "pretrain")["metrics"]
+    assert pretrain["val_bpb"] < pretrain["uniform_bpb"] - 1
+    sft = record(smoke / "sft")["metrics"]
+    assert sft["eval_loss"] < sft["eval_loss_before"] - 0.5
+    before, after = (load_file(smoke / stage / "model.safetensors") for stage in ("sft", "ppo"))
+    assert before.keys() == after.keys() and any(not torch.equal(before[k], after[k]) for k in before)
+
+
+def test_make_prints_the_result_and_takes_under_two_minutes(smoke: Path) -> None:
+    log = (smoke / "make.log").read_text()
+    for word in ("pretrain", "sft", "best_of_16", "ppo", "gold", "report.html"):
+        assert word in log.lower().replace("best-of-16", "best_of_16")
+    if os.environ.get("CI") is None:  # a shared CI machine's time says nothing
+        assert float((smoke / "make.seconds").read_text()) < 240
+    summary = json.loads((smoke / "report" / "summary.json").read_text())
+    assert set(summary["policies"]) == {"pretrain", "sft", "best_of_16", "ppo"}
+    assert 0 <= summary["policies"]["ppo"]["gold"] <= 1 and summary["win_rate"]["ppo_vs_sft"]["n"] > 0
+
+
+def test_make_runs_again_only_what_changed(smoke: Path) -> None:
+    run = f"RUN={smoke}"
+
+    def stages_to_run(*words: str) -> list[str]:
+        done = make("-n", *words, "PRESET=smoke", run)
+        assert done.returncode == 0, done.stderr
+        lines = [line for line in done.stdout.splitlines() if "-m stages." in line]
+        return [line.split("stages.")[1].split()[0] for line in lines]
+
+    assert stages_to_run("all") == []
+    pairs = smoke / "reward" / "stage.json"
+    os.utime(smoke / "preferences" / "stage.json")  # as if the pairs had been made anew
+    assert stages_to_run("all") == ["reward", "ppo", "evaluate", "report"]
+    assert stages_to_run("sft") == []
+    for stage in STAGES[4:]:
+        time.sleep(0.02)
+        os.utime(smoke / stage / "stage.json")
+    assert pairs.exists() and stages_to_run("all") == []
+
+
+def test_named_arguments_rerun_the_named_stage_only(smoke: Path) -> None:
+    done = make("-n", "reward", "PRESET=smoke", f"RUN={smoke}-other", "ARGS=--max_steps 3")
+    lines = [line for line in done.stdout.splitlines() if "-m stages." in line]
+    assert ["--max_steps 3" in line for line in lines] == [False, False, False, False, True]
+    assert make("help").returncode == 0
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_killed_and_started_again_gives_the_same_weights(smoke: Path, tmp_path: Path, stage: str) -> None:
+    output = tmp_path / stage
+    words = [sys.executable, *command(stage, smoke, output)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(words, cwd=ROOT, start_new_session=True, **pipes)
+    deadline = time.monotonic() + 300
+    while not list(output.glob("checkpoints/*/manifest.json")):
+        assert process.poll() is None, process.stdout.read().decode()[-2000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (output / "stage.json").exists()
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "going on from" in done.stdout
+    assert sha256_of(output / "model.safetensors") == sha256_of(smoke / stage / "model.safetensors")
+    lines, whole = ([json.loads(s)["step"] for s in (f / "metrics.jsonl").read_text().splitlines()]
+                    for f in (output, smoke / stage))  # fmt: skip
+    assert lines == whole, "a resumed run leaves the same lines as an uninterrupted one"
+
+
+HALF_BATCH = {"pretrain": "16", "sft": "16", "reward": "8", "ppo": "4"}
+FIGURE = {"pretrain": ("val_loss", 0.03), "sft": ("eval_loss", 0.03), "reward": ("margin", 0.3), "ppo": ("kl", 0.2)}
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_two_processes_leave_the_same_folder(smoke: Path, tmp_path: Path, stage: str) -> None:
+    output = tmp_path / stage
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu-2.yaml"]
+    words = command(stage, smoke, output, "--per_device_train_batch_size", HALF_BATCH[stage])  # the same global batch
+    done = subprocess.run([*launch, *words], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert record(output)["processes"] == 2
+    names, alone = ({p.name for p in f.iterdir()} for f in (output, smoke / stage))
+    assert names == alone
+    name, tolerance = FIGURE[stage]
+    assert record(output)["metrics"][name] == pytest.approx(record(smoke / stage)["metrics"][name], abs=tolerance)
