@@ -19,9 +19,9 @@ from pipeline.runtime import Stage, use_bf16
 def training_kwargs(args: TrainingFields, stage: Stage) -> dict[str, Any]:
     """Keyword arguments of TrainingArguments, and so of TRL's SFTConfig and RewardConfig."""
     on_cpu = not torch.cuda.is_available()
-    same = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type",
-            "warmup_steps", "weight_decay", "adam_beta2", "max_grad_norm", "gradient_checkpointing", "logging_steps",
-            "eval_steps", "save_steps", "seed")  # fmt: skip
+    same = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+            "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta2", "max_grad_norm",
+            "gradient_checkpointing", "logging_steps", "eval_steps", "save_steps", "seed")  # fmt: skip
     return {
         **{name: getattr(args, name) for name in same},
         "output_dir": str(stage.checkpoints),
@@ -69,7 +69,7 @@ class StageCallback(TrainerCallback):
     def on_log(
         self, args: HFTrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **_: Any
     ) -> None:
-        skip = ("runtime", "per_second", "epoch", "total_flos", "train_loss", "entropy", "num_tokens")
+        skip = ("runtime", "per_second", "epoch", "total_flos", "train_loss", "entropy", "num_", "preparation")
         row = self.translate({k: v for k, v in logs.items() if not any(s in k for s in skip)})
         loss = logs.get("loss", 0.0)
         if not math.isfinite(loss) or not math.isfinite(logs.get("grad_norm", 0.0)):

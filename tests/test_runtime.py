@@ -1,0 +1,108 @@
+"""The stage's record: metrics, resume point, fingerprints, one sentence for an error."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import runtime
+from pipeline.arguments import SFTArguments, resolve
+from pipeline.checkpoint import save_checkpoint
+from pipeline.errors import UserError
+
+
+def arguments(tmp_path: Path, **fields: object) -> SFTArguments:
+    return resolve(SFTArguments(run_dir=str(tmp_path), mixed_precision="no", **fields))
+
+
+def write(folder: Path) -> None:
+    (folder / "state").write_text("x")
+
+
+def test_metrics_and_record(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    stage = runtime.Stage(arguments(tmp_path), "sft", {"dataset": "stories", "none": None})
+    stage.log({"step": 1, "loss": 2.5, "note": "text is kept, not shown"})
+    stage.finish({"eval_loss": 1.5}, tokens=10)
+    (line,) = (tmp_path / "sft/metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["loss"] == 2.5 and json.loads(line)["time"] >= 0
+    record = json.loads((tmp_path / "sft/stage.json").read_text())
+    assert record["inputs"] == {} and record["metrics"] == {"eval_loss": 1.5} and record["tokens"] == 10
+    assert record["config"]["learning_rate"] == 1e-3 and record["processes"] == 1
+    assert "step 1  loss 2.5" in capsys.readouterr().out
+
+
+def test_same_settings_go_on_other_settings_start_anew(tmp_path: Path) -> None:
+    first = runtime.Stage(arguments(tmp_path), "sft", {})
+    first.log({"step": 1, "loss": 3.0})
+    first.log({"step": 2, "loss": 2.0})
+    save_checkpoint(first.checkpoints, 1, write)
+    again = runtime.Stage(arguments(tmp_path, logging_steps=3), "sft", {})  # what is shown may change
+    assert again.resume_from == again.checkpoints / "step-00000001"
+    steps = [json.loads(s)["step"] for s in (tmp_path / "sft/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1], "the line after the checkpoint will be written again"
+    other = runtime.Stage(arguments(tmp_path, learning_rate=1e-4), "sft", {})
+    assert other.resume_from is None and not list(other.checkpoints.glob("step-*"))
+
+
+def test_changed_input_starts_anew(tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("1")
+    save_checkpoint(runtime.Stage(arguments(tmp_path), "sft", {"dataset": str(data)}).checkpoints, 1, write)
+    assert runtime.Stage(arguments(tmp_path), "sft", {"dataset": str(data)}).resume_from is not None
+    data.write_text("2")
+    assert runtime.Stage(arguments(tmp_path), "sft", {"dataset": str(data)}).resume_from is None
+
+
+def test_a_finished_stage_starts_anew(tmp_path: Path) -> None:
+    stage = runtime.Stage(arguments(tmp_path), "sft", {})
+    save_checkpoint(stage.checkpoints, 1, write)
+    stage.finish({})
+    assert runtime.Stage(arguments(tmp_path), "sft", {}).resume_from is None
+    assert not (tmp_path / "sft/stage.json").exists()
+
+
+def test_fingerprints_follow_content_and_name_what_is_missing(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    with pytest.raises(UserError, match="is an empty folder"):
+        runtime.Stage(arguments(tmp_path), "sft", {"model": str(model)})
+    (model / "config.json").write_text("{}")
+    one = runtime.Stage(arguments(tmp_path), "sft", {"model": str(model)}).inputs["model"]["sha256"]
+    (model / "stage.json").write_text("{}")  # when it was made does not change what it is
+    assert runtime.Stage(arguments(tmp_path), "sft", {"model": str(model)}).inputs["model"]["sha256"] == one
+    (model / "config.json").write_text("{ }")
+    assert runtime.Stage(arguments(tmp_path), "sft", {"model": str(model)}).inputs["model"]["sha256"] != one
+    with pytest.raises(UserError, match=r"run `make pretrain` first"):
+        runtime.Stage(arguments(tmp_path), "sft", {"model": str(tmp_path / "pretrain")})
+    hub = runtime.Stage(arguments(tmp_path), "sft", {"model": "owner/name"}).inputs["model"]
+    assert hub == {"path": "owner/name", "sha256": "hub"}
+
+
+def test_seed_sets_torch(tmp_path: Path) -> None:
+    runtime.Stage(arguments(tmp_path, seed=5), "sft", {})
+    one = torch.rand(3)
+    runtime.Stage(arguments(tmp_path, seed=5), "sft", {})
+    assert torch.equal(one, torch.rand(3))
+
+
+def test_precision_is_what_was_asked(tmp_path: Path) -> None:
+    assert runtime.use_bf16("bf16") and not runtime.use_bf16("no")
+    assert runtime.use_bf16("auto") == runtime.bf16_in_hardware()
+    x = torch.randn(4, 4)
+    with runtime.Stage(arguments(tmp_path), "sft", {}).dtype_autocast():
+        assert (x @ x).dtype == torch.float32
+    args = arguments(tmp_path)
+    args.mixed_precision = "bf16"
+    with runtime.Stage(args, "sft", {}).dtype_autocast():
+        assert (x @ x).dtype == torch.bfloat16
+
+
+def test_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def main(_: SFTArguments) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["sft"])
+    with pytest.raises(SystemExit) as leaving:
+        runtime.run(main, SFTArguments)
+    assert leaving.value.code == 130 and "goes on from the last checkpoint" in capsys.readouterr().err
