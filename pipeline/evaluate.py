@@ -112,9 +112,10 @@ def sequence_logprobs(
         starts = torch.tensor([len(prompts[i]) for i in chosen], device=model.device)[:, None]
         positions = torch.arange(width, device=model.device)
         logits = model(input_ids=ids, attention_mask=(positions < ends).long()).logits[:, :-1]
-        losses = F.cross_entropy(logits.transpose(1, 2).float() / temperature, ids[:, 1:], reduction="none")
         counts = (positions[1:] >= starts) & (positions[1:] < ends)
-        totals[chosen] = -(losses * counts).double().sum(-1).cpu()
+        losses = F.cross_entropy(logits[counts].float() / temperature, ids[:, 1:][counts], reduction="none")
+        rows_of = counts.nonzero()[:, 0].cpu()  # the row of each loss
+        totals[chosen] = -torch.zeros(len(chosen), dtype=torch.float64).index_add_(0, rows_of, losses.double().cpu())
     return totals
 
 
