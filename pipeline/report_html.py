@@ -193,8 +193,9 @@ def _reading(group: str, run: Run) -> str:
         total = sum(b["n"] for b in bins)
         off = sum(b["n"] * abs(b["predicted"] - b["observed"]) for b in bins) / total if total else None
         calibrated = "" if off is None else f" Its stated confidence is off by {off:.0%} on average."
-        return (f"On held-out pairs, label noise taken back, it ranks {number(run.final('reward', 'accuracy'), '.1%')} "
-                f"right.{calibrated}")  # fmt: skip
+        clean, noisy = run.final("reward", "accuracy"), run.final("reward", "noisy_accuracy")
+        noise = "" if noisy in (None, clean) else f", {noisy:.1%} if the labels' noise is left in"
+        return f"It ranks {number(clean, '.1%')} of held-out pairs right{noise}.{calibrated}"
     return "Faint lines are single updates, strong ones running means. Gold is only looked at, never optimised."
 
 
