@@ -185,7 +185,8 @@ def policy_rows(run: Run) -> list[list[str]]:
 
 POLICY_COLUMNS = ["Policy", "Gold", "Proxy", "KL", "Length", "Distinct-2", "Bits/byte", "No end"]
 POLICY_NOTES = (
-    "Gold: mean score, in [0, 1], of the judge that PPO is never paid by, with a 95% bootstrap interval. Proxy: mean standardised score of the reward model. KL: to SFT, in nats an answer. Length: tokens. "
+    "Gold: mean score, in [0, 1], of the judge that PPO is never paid by, with a 95% bootstrap interval. "
+    "Proxy: mean standardised score of the reward model. KL: to SFT, in nats an answer. Length: tokens. "
     "Distinct-2: distinct word pairs over all word pairs. Bits/byte: of the answers under the pretrained model. "
     "No end: share of answers cut off at the longest length."
 )
