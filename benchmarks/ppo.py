@@ -1,0 +1,174 @@
+"""PPO speed of ours against TRL 1.12's PPOTrainer, both in this run: `python -m benchmarks.ppo [--quick]`.
+
+TRL 1.12 was the last with a PPOTrainer; it is installed under .cache/ on the first call. Both sides train policy and
+a critic beside it, against a reference and a reward model of the same size, at the shape in ppo_shape.py. No answer
+ends early, so that both do the same work. Each run is a process of its own and times `train()` alone; ours and theirs
+take turns, a ratio is taken within a round, and the median over the rounds is reported.
+
+TRL's mini-batches do not work (its issue 5645): it steps its optimizer at other times than ours, over the same number
+of passes. Its bf16 is ignored under transformers 5.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.ppo_shape import FULL, QUICK, model_config
+
+ROOT = Path(__file__).parent.parent
+PEER_VERSION = "1.12.0"
+MODES = ("fp32", "bf16")
+
+
+def install_peer() -> Path:
+    """Folder with TRL 1.12 and nothing else; fetched once."""
+    folder = ROOT / ".cache" / f"trl-{PEER_VERSION}"
+    if not (folder / "trl").is_dir():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+        done = subprocess.run([*command, f"trl=={PEER_VERSION}"], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"error: trl {PEER_VERSION} cannot be installed for the comparison: {done.stderr.strip()[-300:]}")
+    return folder
+
+
+def run_peer(mode: str, updates: int, quick: bool) -> dict[str, Any]:
+    """One timed run of TRL's trainer."""
+    script = str(ROOT / "benchmarks" / "peer_trl_ppo.py")
+    return _run([script], mode, updates, quick, {"PYTHONPATH": str(install_peer())})
+
+
+def run_ours(mode: str, updates: int, quick: bool) -> dict[str, Any]:
+    """One timed run of our trainer."""
+    return _run(["-m", "benchmarks.ppo", "--ours"], mode, updates, quick, {})
+
+
+def _run(what: list[str], mode: str, updates: int, quick: bool, extra: dict[str, str]) -> dict[str, Any]:
+    command = [sys.executable, *what, "--mode", mode, "--updates", str(updates), *(["--quick"] if quick else [])]
+    # At the tiny shape two threads only wait for each other
+    environment = ({"OMP_NUM_THREADS": "1"} if quick else {}) | os.environ | extra
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"error: {' '.join(command)} failed:\n{done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def ours(mode: str, updates: int, quick: bool) -> dict[str, Any]:
+    """Train `updates` updates in this process; returns the figures of the run."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config
+
+    from pipeline.gpt import GPTForCausalLM, GPTForSequenceClassification
+    from pipeline.ppo import PPOConfig, PPOTrainer
+    from pipeline.rewards import RewardModel
+
+    shape, precision = QUICK if quick else FULL, "bf16" if mode == "bf16" else "no"
+    torch.manual_seed(0)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(shape["vocabulary"])}, unk_token="w2"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    tokenizer.eos_token_id, tokenizer.pad_token_id = None, 0
+    policy = GPTForCausalLM(Qwen3Config(**model_config(shape)))
+    policy.generation_config.eos_token_id = shape["vocabulary"]  # no token at all: every answer has its full length
+    critic, reward = (GPTForSequenceClassification(Qwen3Config(num_labels=1, **model_config(shape))) for _ in range(2))
+    ids = torch.randint(3, shape["vocabulary"], (updates * shape["batch"], shape["prompt"])).tolist()
+    split: dict[str, float] = {}
+
+    def account(trainer: PPOTrainer, metrics: dict[str, float]) -> None:
+        for name in ("time/sample", "time/score", "time/update"):
+            split[name] = split.get(name, 0.0) + metrics[name]
+
+    with tempfile.TemporaryDirectory() as folder:
+        reward.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        args = PPOConfig(
+            output_dir=folder, mixed_precision=precision, total_episodes=updates * shape["batch"],
+            batch_size=shape["batch"], num_mini_batches=shape["mini_batches"], num_ppo_epochs=shape["epochs"],
+            per_device_train_batch_size=shape["micro_batch"], response_length=shape["response"],
+            critic_warmup_updates=0, save_steps=0,
+        )  # fmt: skip
+        rows = [{"prompt": " ".join(f"w{token}" for token in row)} for row in ids]
+        trainer = PPOTrainer(policy, None, RewardModel(folder, mixed_precision=precision, batch_size=shape["batch"]),
+                             critic, args, rows, processing_class=tokenizer, callbacks=[account])  # fmt: skip
+        final = trainer.train()
+    assert trainer.tokens == updates * shape["batch"] * shape["response"]
+    return {
+        "who": "ours",
+        "mode": mode,
+        "parameters": sum(p.numel() for p in policy.parameters()),
+        "episodes_per_s": final["episodes_per_s"],
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "seconds": {name.removeprefix("time/"): round(value, 2) for name, value in split.items()},
+    }
+
+
+def compare(runs: list[dict[tuple[str, str], dict[str, Any]]]) -> dict[str, Any]:
+    """Median of the rounds' ratios: like with like, and our faster mode against theirs."""
+    speeds = {
+        key: statistics.median(run[key]["episodes_per_s"] for run in runs) for key in runs[0]
+    }  # (who, mode) → episodes/s
+    best = {who: max(MODES, key=lambda mode: speeds[who, mode]) for who in ("ours", "trl")}
+
+    def ratio(mine: str, theirs: str) -> float:
+        quotients = (r["ours", mine]["episodes_per_s"] / r["trl", theirs]["episodes_per_s"] for r in runs)
+        return round(statistics.median(quotients), 3)
+
+    return {
+        "benchmark": "ppo",
+        "ratio": ratio(best["ours"], best["trl"]),
+        **{f"ratio_{mode}": ratio(mode, mode) for mode in MODES},
+        **{f"{who}_{mode}_episodes_per_s": round(speed, 2) for (who, mode), speed in speeds.items()},
+    }
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tiny shape and one round, for tests")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--updates", type=int, default=5, help="updates of a run; 64 answers each")
+    parser.add_argument("--ours", action="store_true", help="only our side, once, in this process")
+    parser.add_argument("--mode", choices=MODES, default="bf16", help="precision for --ours")
+    options = parser.parse_args(arguments)
+    updates = 1 if options.quick else options.updates
+    if options.ours:
+        print("\n" + json.dumps(ours(options.mode, updates, options.quick)))
+        return None
+
+    runs: list[dict[tuple[str, str], dict[str, Any]]] = []
+    for number in range(1 if options.quick else options.rounds):
+        found = {}
+        for mode in MODES:
+            order = [("ours", run_ours), ("trl", run_peer)]
+            for who, run in order if number % 2 == 0 else order[::-1]:
+                found[who, mode] = run(mode, updates, options.quick)
+                line = found[who, mode]
+                print(f"round {number + 1}  {line['who']:10s} {mode}  {line['episodes_per_s']:6.2f} episodes/s  "
+                      f"peak {line['peak_memory_mb']:,} MB", flush=True)  # fmt: skip
+        runs.append(found)
+
+    print("\nwhere our time goes")
+    for mode in MODES:
+        seconds = runs[-1]["ours", mode]["seconds"]
+        shares = "  ".join(f"{name} {value / sum(seconds.values()):.0%}" for name, value in seconds.items())
+        print(f"  {mode}  {shares}")
+    line = compare(runs) | {
+        "peak_memory_mb": {f"{who}_{mode}": runs[-1][who, mode]["peak_memory_mb"] for who, mode in runs[-1]},
+        "parameters": runs[-1]["ours", "fp32"]["parameters"],
+        "rounds": len(runs),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    print("\n" + json.dumps(line))
+    return line
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""The shape at which PPO is timed; it imports nothing, so that the peer's process can read it beside another TRL."""
+
+# 64 answers an update, 4 passes of 4 mini-batches, micro-batches of 16
+FULL = {"width": 192, "layers": 6, "heads": 6, "vocabulary": 512, "prompt": 32, "response": 64, "batch": 64,
+        "epochs": 4, "mini_batches": 4, "micro_batch": 16}  # fmt: skip
+# The same structure in seconds, to see that the benchmark runs; its ratio means nothing
+QUICK = FULL | {"width": 32, "layers": 1, "heads": 2, "prompt": 8, "response": 8, "batch": 8, "micro_batch": 1}
+
+
+def model_config(shape: dict) -> dict:
+    """Keyword arguments of Qwen3Config; 2.65M parameters at the full shape."""
+    return {
+        "vocab_size": shape["vocabulary"],
+        "hidden_size": shape["width"],
+        "intermediate_size": shape["width"] * 8 // 3,
+        "num_hidden_layers": shape["layers"],
+        "num_attention_heads": shape["heads"],
+        "num_key_value_heads": shape["heads"],
+        "head_dim": shape["width"] // shape["heads"],
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
