@@ -107,6 +107,10 @@ class PretrainArguments(TrainingFields):
     """Bytes of training text to read or generate."""
     validation_bytes: int = 200_000
     """Bytes of held-out text for val_loss and val_bpb."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """muon: Muon on the matrices inside the blocks and AdamW on the rest; adamw: AdamW on everything."""
+    muon_learning_rate: float = 0.02
+    """Peak learning rate of Muon's matrices; learning_rate is AdamW's."""
     block_size: int = 128
     """Tokens in a training row; documents are packed into rows without padding."""
     max_position_embeddings: int = 256
