@@ -6,11 +6,12 @@ heads (GQA, 2305.13245), RMSNorm on queries and keys (QK-norm, 2302.05442) and a
 dropout, no biases. Config class and weight names are the stock ones, so a folder saved here *is* a stock Qwen3
 checkpoint and a stock one opens here; tests/test_gpt.py holds logits and gradients equal.
 
-Shapes: B batch, T tokens, D hidden, H query heads, G key/value heads (H a multiple of G), K head dimension, V vocabulary.
+Shapes: B batch, T tokens, D hidden, H query heads, G key/value heads (H a multiple of G), K head size, V vocabulary.
 """
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +19,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel, Qwen3Config
 from transformers import initialization as init
+from transformers import modeling_outputs as outputs
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    SequenceClassifierOutputWithPast,
-)
+
+from pipeline import kernels
 
 IGNORED = -100  # a label that is not trained on, as everywhere in PyTorch
 LOGITS_PER_CHUNK = 2**25  # the loss holds at most this many fp32 logits at once (128 MiB)
@@ -34,7 +33,7 @@ LOGITS_PER_CHUNK = 2**25  # the loss holds at most this many fp32 logits at once
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + ε) · w over the last dimension, computed in fp32 (1910.07467, eq. 4)."""
+    """x / √(mean(x²) + ε) ⊙ w over the last dimension, computed in fp32 (1910.07467, eq. 4)."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -42,33 +41,44 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # In fp32 and with an fp32 weight: F.rms_norm warns of mixed types under bf16 autocast and loses its fast path
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(self.weight.dtype)
+        # All in fp32: F.rms_norm warns of mixed types under bf16 autocast and leaves its fast path
+        x, weight = x.float(), self.weight.float()
+        on_cpu = x.device.type == "cpu"
+        y = (
+            kernels.RMSNormFunction.apply(x, weight, self.eps)
+            if on_cpu
+            else F.rms_norm(x, weight.shape, weight, self.eps)
+        )
+        return y.to(self.weight.dtype)
 
 
 def rotary_angles(positions: Tensor, config: Qwen3Config) -> tuple[Tensor, Tensor]:
-    """cos and sin of position · θ^(−2i/K) (2104.09864, eq. 15): positions (1 or B, T) → two fp32 (1 or B, T, 1, K/2).
+    """cos and sin of position · θ^(−2i/K) (2104.09864, eq. 15): positions (1 or B, T) → two fp32 (1 or B, T, H, K).
 
-    Computed at each forward, which costs microseconds: a non-persistent buffer would hold garbage after
-    `from_pretrained`.
+    Each dimension and head has its own entry, and the sine the sign that `rotate` needs: whole rows of memory are
+    then multiplied at once. Computed at each forward, once for all layers: a non-persistent buffer would hold garbage
+    after `from_pretrained`.
     """
     theta, size = config.rope_parameters["rope_theta"], config.head_dim
     exponents = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size
-    angles = positions[..., None].float() * theta**-exponents
-    return angles.cos()[..., None, :], angles.sin()[..., None, :]
+    angles = positions[..., None].float() * theta**-exponents  # (1 or B, T, K/2)
+    cos, sin = angles.cos(), angles.sin()
+    every_head = (-1, -1, config.num_attention_heads, -1)
+    cos = torch.cat((cos, cos), dim=-1)[:, :, None].expand(every_head)
+    sin = torch.cat((-sin, sin), dim=-1)[:, :, None].expand(every_head)
+    return cos.contiguous(), sin.contiguous()
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """Turn each pair (x_i, x_{i+K/2}) of a (B, T, heads, K) tensor by its position's angle."""
-    cos, sin = angles
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    cos, sin = (part[:, :, : x.shape[2]] for part in angles)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def attention_bias(
     tokens: int, past: int, attention_mask: Tensor | None, position_ids: Tensor | None, device: torch.device
 ) -> Tensor | None:
-    """What is added to the attention scores, (B, 1, T, past + T) of 0 and −inf; None where plain causal masking is exact.
+    """What is added to the attention scores, (B, 1, T, past + T) of 0 and −inf; None if plain causal masking is exact.
 
     Plain causal masking serves no padding at all and padding on the right: no real token comes after a pad. Left
     padding and documents packed into one row (position_ids that start again, no attention_mask, as TRL packs them)
@@ -120,12 +130,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], bias: Tensor | None, cache=None) -> Tensor:
         """x (B, T, D) → (B, T, D); `bias` as from attention_bias; `cache` is a transformers Cache or None."""
         heads = (*x.shape[:-1], -1, self.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x).view(heads)), angles).transpose(1, 2)  # (B, H, T, K)
-        k = rotate(self.k_norm(self.k_proj(x).view(heads)), angles).transpose(1, 2)  # (B, G, T, K)
-        v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, G, T, K)
-        # Attention's backward in bf16 is about six times slower than in fp32 on CPU: leave autocast around it
-        dtype = torch.float32 if x.device.type == "cpu" else v.dtype
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        q = rotate(self.q_norm(self.q_proj(x).view(heads)), angles)  # (B, T, H, K)
+        k = rotate(self.k_norm(self.k_proj(x).view(heads)), angles)  # (B, T, G, K)
+        v = self.v_proj(x).view(heads)  # (B, T, G, K)
+        on_cpu, half = x.device.type == "cpu", v.dtype == torch.bfloat16
+        if on_cpu and half and bias is None and cache is None and not self.dropout and x.shape[1] <= kernels.LONGEST:
+            return self.o_proj(kernels.causal_attention(q, k, v).flatten(2))
+        # PyTorch's own attention is fastest in fp32 on CPU: leave autocast around it
+        dtype = torch.float32 if on_cpu else v.dtype
+        q, k, v = (part.transpose(1, 2).to(dtype) for part in (q, k, v))
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
         with torch.autocast(x.device.type, enabled=False):
@@ -178,7 +191,7 @@ class GPTPreTrainedModel(PreTrainedModel):
     config_class = Qwen3Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]
+    _no_split_modules: ClassVar = ["Block"]
     _supports_sdpa = True
     stock_architecture = "Qwen3Model"
 
@@ -226,8 +239,12 @@ class GPTModel(GPTPreTrainedModel):
         past_key_values=None,
         inputs_embeds: Tensor | None = None,
         **_,
-    ) -> BaseModelOutputWithPast:
-        """input_ids (B, T) long, attention_mask (B, T) 1 = real or None, position_ids (1 or B, T) or None → .last_hidden_state (B, T, D)."""
+    ) -> outputs.BaseModelOutputWithPast:
+        """input_ids (B, T) long → .last_hidden_state (B, T, D).
+
+        attention_mask (B, T) is 1 for real tokens (None: all); position_ids (1 or B, T) default to 0, 1, 2, … in
+        every row. `past_key_values` is a transformers Cache, for its `generate`.
+        """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         bias = attention_bias(x.shape[1], past, attention_mask, position_ids, x.device)
@@ -236,13 +253,13 @@ class GPTModel(GPTPreTrainedModel):
         angles = rotary_angles(position_ids, self.config)
         for block in self.layers:
             x = block(x, angles, bias, past_key_values=past_key_values)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+        return outputs.BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
 
 
 class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
     """The language model: p(next token | tokens so far) = softmax(lm_head(hidden))."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
     stock_architecture = "Qwen3ForCausalLM"
 
     def __init__(self, config: Qwen3Config):
@@ -262,26 +279,26 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         logits_to_keep: int | Tensor = 0,
         **_,
-    ) -> CausalLMOutputWithPast:
+    ) -> outputs.CausalLMOutputWithPast:
         """Logits (B, T, V), and the mean cross-entropy of labels (B, T) (−100 = ignored) where they are given.
 
         The loss is divided by `num_items_in_batch` (Trainer's count over accumulated batches) instead of the number of
         its own labels if that is given. While training with labels, logits are None: the loss needs them only in
         chunks.
         """
-        outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
-        hidden, logits, loss = outputs.last_hidden_state, None, None
+        hidden = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds).last_hidden_state
+        logits = loss = None
         if labels is not None:
             loss = self.loss(hidden, labels, attention_mask, num_items_in_batch)
         if labels is None or not self.training:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, keep])
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        return outputs.CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
     def loss(
         self, hidden: Tensor, labels: Tensor, attention_mask: Tensor | None, num_items_in_batch: Tensor | int | None
     ) -> Tensor:
-        """Cross-entropy of labels[:, t + 1] under hidden[:, t], over the labels that count and never all logits at once."""
+        """Cross-entropy of labels[:, t + 1] under hidden[:, t], over the labels that count, in chunks of logits."""
         targets = labels[:, 1:]
         counts = targets != IGNORED
         if attention_mask is not None and attention_mask.dim() == 2:
@@ -321,7 +338,7 @@ class GPTForSequenceClassification(GPTPreTrainedModel):
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         **_,
-    ) -> SequenceClassifierOutputWithPast:
+    ) -> outputs.SequenceClassifierOutputWithPast:
         """Logits (B, num_labels) at the rightmost token that is not config.pad_token_id, as stock Qwen3 pools."""
         pad, rows = self.config.pad_token_id, torch.arange(len(input_ids), device=input_ids.device)
         if pad is None and len(rows) > 1:
@@ -333,4 +350,4 @@ class GPTForSequenceClassification(GPTPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutputWithPast(loss=loss, logits=logits)
+        return outputs.SequenceClassifierOutputWithPast(loss=loss, logits=logits)

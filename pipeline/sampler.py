@@ -110,7 +110,7 @@ def generate(
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     # Drawn at once and in the prompts' order, so that neither batching nor rows that finish early change a sample
     uniform = torch.rand(max_new_tokens, len(prompts), generator=generator, device=getattr(generator, "device", "cpu"))
-    tokens = torch.full((len(prompts), max_new_tokens), pad_token_id)
+    tokens = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long)
     logprobs = torch.zeros(len(prompts), max_new_tokens)
     rows_of_length = lengths.argsort(stable=True)  # prompts of like lengths together: least padding
     respond = _respond if isinstance(model, GPTForCausalLM) else _respond_with_transformers
@@ -118,9 +118,7 @@ def generate(
         for rows in rows_of_length.split(batch_size or len(prompts)):
             padded, starts = _left_pad([prompts[row] for row in rows], pad_token_id)
             to = {"device": model.device}
-            answer = respond(
-                model, padded.to(**to), starts.to(**to), sampling, ends, pad_token_id, uniform[:, rows].to(**to)
-            )
+            answer = respond(model, padded.to(**to), starts.to(**to), sampling, ends, uniform[:, rows].to(**to))
             tokens[rows], logprobs[rows] = (part.cpu() for part in answer)
     return _pack(prompts, lengths, tokens, logprobs, ends, pad_token_id, model.device)
 
@@ -287,17 +285,14 @@ class Decoder:
 
 
 def _respond(
-    model: GPTForCausalLM,
-    prompts: Tensor,
-    starts: Tensor,
-    sampling: Sampling,
-    ends: list[int],
-    pad_token_id: int,
-    uniform: Tensor,
+    model: GPTForCausalLM, prompts: Tensor, starts: Tensor, sampling: Sampling, ends: list[int], uniform: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Left-padded prompts (B, P), their first real slots (B,), uniform (R, B) → tokens (B, R), logprobs (B, R)."""
+    """Left-padded prompts (B, P), their first real slots (B,), uniform (R, B) → tokens (B, R), logprobs (B, R).
+
+    What stands after an end token is of no meaning.
+    """
     steps, rows = uniform.shape
-    tokens = torch.full((rows, steps), pad_token_id, device=prompts.device)
+    tokens = torch.zeros(rows, steps, dtype=torch.long, device=prompts.device)
     logprobs = torch.zeros(rows, steps, device=prompts.device)
     ends = torch.tensor(ends, device=prompts.device)
     decoder = Decoder(model, rows, prompts.shape[1] + steps, starts)
@@ -306,8 +301,7 @@ def _respond(
     given = prompts
     for step in range(steps):
         token, logprob = sampling.draw(decoder.forward(given), uniform[step, active])
-        tokens[active, step] = torch.where(running, token, pad_token_id)
-        logprobs[active, step] = torch.where(running, logprob, 0.0)
+        tokens[active, step], logprobs[active, step] = token, logprob
         running = running & ~torch.isin(token, ends)
         left = int(running.sum())
         if left == 0:
@@ -339,13 +333,7 @@ class _Draw(LogitsProcessor):
 
 
 def _respond_with_transformers(
-    model: PreTrainedModel,
-    prompts: Tensor,
-    starts: Tensor,
-    sampling: Sampling,
-    ends: list[int],
-    pad_token_id: int,
-    uniform: Tensor,
+    model: PreTrainedModel, prompts: Tensor, starts: Tensor, sampling: Sampling, ends: list[int], uniform: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As _respond, for any model that transformers can generate with."""
     draw = _Draw(sampling, uniform)
@@ -355,7 +343,7 @@ def _respond_with_transformers(
         num_beams=1,
         repetition_penalty=1.0,
         eos_token_id=ends,
-        pad_token_id=pad_token_id,
+        pad_token_id=ends[0],  # after the end nothing is read
     )
     training = model.training
     model.eval()
@@ -368,7 +356,7 @@ def _respond_with_transformers(
         model.train(training)
     tokens, logprobs = torch.stack(draw.tokens, 1), torch.stack(draw.logprobs, 1)
     missing = len(uniform) - tokens.shape[1]  # all rows ended early
-    return F.pad(tokens, (0, missing), value=pad_token_id), F.pad(logprobs, (0, missing))
+    return F.pad(tokens, (0, missing)), F.pad(logprobs, (0, missing))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
-from pipeline import gpt
+from pipeline import gpt, kernels
 from pipeline.gpt import GPTForCausalLM, GPTForSequenceClassification
 
 PAD, VOCABULARY = 0, 96
@@ -245,6 +245,36 @@ def test_bf16_autocast_stays_near_fp32():
     assert loss.item() == pytest.approx(expected.item(), rel=2e-2)
     half = ours.model.layers[0].self_attn.q_proj.weight.grad
     assert F.cosine_similarity(half.flatten(), gradient.flatten(), dim=0) > 0.99
+
+
+def test_hand_written_norm_equals_autograd():
+    torch.manual_seed(0)
+    for shape in ((3, 5, 48), (2, 7, 4, 16)):
+        x, weight, grad = torch.randn(shape), torch.rand(shape[-1]), torch.randn(shape)
+        weight[0] = 0  # nothing may divide by a weight
+        x, weight = x.requires_grad_(), weight.requires_grad_()
+        expected = weight * x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+        ours = kernels.RMSNormFunction.apply(x, weight, 1e-6)
+        assert_close(ours, expected)
+        for a, b in zip(*(torch.autograd.grad(y, (x, weight), grad) for y in (ours, expected)), strict=True):
+            assert_close(a, b)
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 150])
+def test_hand_written_attention_equals_the_formula(tokens):
+    """Heads in fp64, so that what remains is an error of the formula and not of bf16; then the public form in bf16."""
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(4, tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(4))
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+    ours = kernels.CausalAttentionFunction.apply(q, k, v)
+    torch.testing.assert_close(ours, expected)
+    for a, b in zip(*(torch.autograd.grad(y, (q, k, v), grad) for y in (ours, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+    q, k, v = torch.randn(2, tokens, 4, 8), torch.randn(2, tokens, 2, 8), torch.randn(2, tokens, 2, 8)
+    expected = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
+    ).transpose(1, 2)
+    torch.testing.assert_close(kernels.causal_attention(q, k, v).float(), expected, rtol=0, atol=0.03)
 
 
 def test_initialisation():
