@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from random import Random
 
 from ..formats import assistant, user
 from . import faults
-from .lexicon import ENDINGS, NAMES, TRAIN_NAMES
+from .lexicon import ENDINGS, NAMES, REQUIRED, TRAIN_NAMES
 from .spec import Spec, draw, write_prompt
 from .telling import Teller
 
 # The pretraining corpus.
-CORPUS_SENTENCES = (4, 10)
-CORPUS_FAULTY = 0.3
+CORPUS_SENTENCES = (4, 8)
+CORPUS_FAULTY = 0.2
 """Share of documents with a planted fault, one of CORPUS_FAULTS: pretraining text is of mixed quality."""
+CORPUS_HEADED = 0.9
+"""Share of the other documents that begin with a heading of what is in them, as TinyStories-Instruct has it. Without
+headings a small model sees too little reason to look back, and never learns to copy from a prompt (LOG.md)."""
+HEADING = "Name: {name}. Words: {words}. Ending: {ending}.\n"
 CORPUS_FAULTS = (
     faults.wrong_pronoun,
     faults.broken_continuity,
@@ -42,6 +47,8 @@ ANSWER_TOKENS = 56
 PLANTED_TOKENS = 9
 """What a planted sentence takes of them."""
 
+_WORD, _ASKABLE = re.compile(r"[a-z]+"), frozenset(REQUIRED)
+
 PROMPT_SPLITS = {"preferences": False, "ppo": False, "validation": True, "test": True}
 """Splits of `prompts`: True for those of held-out names and pairs."""
 INSTRUCTION_SPLITS = {"train": False, "validation": True, "test": True}
@@ -50,24 +57,35 @@ INSTRUCTION_SPLITS = {"train": False, "validation": True, "test": True}
 def corpus(seed: int, max_bytes: int, split: str = "train") -> Iterator[str]:
     """Documents for pretraining, as many as fit `max_bytes` of UTF-8 with one byte between documents.
 
-    Plain stories of 4 to 10 sentences; CORPUS_FAULTY of them have a planted fault. Every name and word occurs, held-out
-    ones too, or their tokens would be untrained: what is held out is that an instruction asks for them together.
-    `split` is "train" or "validation"; ValueError for another.
+    Stories of 4 to 8 sentences; CORPUS_FAULTY of them have a planted fault, most of the others a heading that names the
+    first person, the askable words and the ending. Every name and word occurs, held-out ones too, or their tokens would
+    be untrained: what is held out is that an instruction asks for them together. `split` is "train" or "validation";
+    ValueError for another.
     """
     _known(split, ("train", "validation"), "corpus")
     rng = _rng("corpus", split, seed)
     size = 0
     while True:
-        teller = Teller(rng)
-        count = _between(rng, CORPUS_SENTENCES)
-        lines = teller.story(teller.pick(ENDINGS), count, budget=14 * count)
-        if rng.random() < CORPUS_FAULTY:
-            lines = teller.pick(CORPUS_FAULTS)(rng, lines)
-        text = " ".join(lines)
+        text = _document(rng)
         size += len(text) + 1
         if size > max_bytes:
             return
         yield text
+
+
+def _document(rng: Random) -> str:
+    spec = Spec(rng.choice(NAMES), tuple(rng.sample(REQUIRED, 2)), rng.choice(ENDINGS))
+    teller = Teller(rng, spec.name, spec.words)
+    count = _between(rng, CORPUS_SENTENCES)
+    lines = teller.story(spec.ending, count, budget=14 * count)
+    if rng.random() < CORPUS_FAULTY:
+        return " ".join(teller.pick(CORPUS_FAULTS)(rng, lines))
+    text = " ".join(lines)
+    if rng.random() >= CORPUS_HEADED:
+        return text
+    words = [word for word in dict.fromkeys(_WORD.findall(text)) if word in _ASKABLE]
+    rng.shuffle(words)
+    return HEADING.format(name=spec.name, words=", ".join(words), ending=spec.ending) + text
 
 
 def story(rng: Random, spec: Spec, names: Sequence[str] = NAMES) -> str:
