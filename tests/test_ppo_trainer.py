@@ -422,6 +422,21 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
     assert second.rows[0]["step"] == 2 and "critic.safetensors is damaged" in capsys.readouterr().out
 
 
+def test_a_finished_run_has_nothing_left_to_do(tmp_path):
+    first = trainer(tmp_path, save_steps=2, total_episodes=16)
+    final = first.train()
+    second = trainer(tmp_path, save_steps=2, total_episodes=16, models=(policy(7), critic(8)))
+    assert second.train() == final and second.rows == []
+    assert same(weights(first.policy), weights(second.policy))
+
+
+def test_a_policy_given_as_its_own_reference_is_copied(tmp_path):
+    actor = policy()
+    made = trainer(tmp_path, models=(actor, critic()), reference=actor, total_episodes=16)
+    made.train()
+    assert made.rows[0]["objective/kl"] == 0.0 and made.rows[1]["objective/kl_k3"] > 0.0
+
+
 def test_resume_refuses_another_run(tmp_path):
     first = trainer(tmp_path, save_steps=1, total_episodes=16)
     first.train()
@@ -454,6 +469,8 @@ def test_saved_folders_are_stock(tmp_path):
         ({"batch_size": 9}, "batch_size 9 must be a multiple"),
         ({"temperature": 0.0}, "temperature: 0.0 must be above 0"),
         ({"lam": 1.5}, "lam: 1.5 must lie between 0 and 1"),
+        ({"kl_coef": -0.1}, "kl_coef: -0.1 must not be negative"),
+        ({"critic_warmup_updates": 4}, "critic_warmup_updates 4 leaves no update of 8 episodes"),
         ({"num_ppo_epochs": 0}, "num_ppo_epochs: 0 is too small"),
         ({"rewards": []}, "no reward is given"),
         ({"models": (policy(), policy())}, "critic must be a sequence classifier"),

@@ -70,6 +70,15 @@ def check_config(args: PPOConfig, world: int, tokenizer: Any) -> None:
     for name in positive:
         if not getattr(args, name) > 0:
             raise UserError(f"{name}: {getattr(args, name)} must be above 0")
+    for name in ("kl_coef", "missing_eos_penalty", "critic_warmup_updates", "warmup_steps", "weight_decay",
+                 "eval_steps", "save_steps"):  # fmt: skip
+        if not getattr(args, name) >= 0:
+            raise UserError(f"{name}: {getattr(args, name)} must not be negative")
+    if args.critic_warmup_updates * args.batch_size >= args.total_episodes:
+        raise UserError(
+            f"critic_warmup_updates {args.critic_warmup_updates} leaves no update of {args.batch_size} episodes to the "
+            f"policy out of {args.total_episodes}; lower it or raise total_episodes"
+        )
     for name in ("gamma", "lam", "lam_value"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"{name}: {getattr(args, name)} must lie between 0 and 1")

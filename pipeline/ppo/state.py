@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 if TYPE_CHECKING:
     from pipeline.ppo.trainer import PPOTrainer
 
-COUNTERS = ("updates_done", "tokens", "seconds")
+COUNTERS = ("updates_done", "tokens", "seconds", "metrics")
 # What must not change between the parts of one run, or its result would be of neither.
 FIXED = ("seed", "total_episodes", "batch_size", "num_mini_batches", "num_ppo_epochs", "per_device_train_batch_size",
          "response_length", "temperature")  # fmt: skip

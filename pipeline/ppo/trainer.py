@@ -85,7 +85,8 @@ class PPOTrainer:
             self.eval_prompts = Prompts(eval_dataset, self.tokenizer, args.response_length, context, "eval_dataset")
         self.rewards = combine_rewards(rewards)
 
-        reference = copy.deepcopy(policy) if reference is None else reference
+        if reference is None or reference is policy:
+            reference = copy.deepcopy(policy)
         self.policy, self.critic = policy.to(self.device), critic.to(self.device)
         self.policy_forward = TokenLogprobs(self.policy, args.temperature)
         self.reference_forward = TokenLogprobs(reference.to(self.device).requires_grad_(False), args.temperature)
@@ -98,13 +99,13 @@ class PPOTrainer:
 
         self.total_updates = math.ceil(args.total_episodes / args.batch_size)
         self.updates_done, self.tokens, self.seconds = 0, 0, 0.0
+        self.metrics: dict[str, float] = {}  # of the last update
 
     # --- the story ----------------------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, float]:
         """Run the updates that are left, from the newest checkpoint if there is one; returns the final metrics."""
         self._resume()
-        metrics: dict[str, float] = {}
         if self.updates_done == 0:
             self.evaluate_if_due()
         with self._progress() as advance:
@@ -122,7 +123,7 @@ class PPOTrainer:
                 self.evaluate_if_due()
                 self._save_if_due()
                 advance(1, f"{metrics['episodes_per_s']:.1f} episodes/s")
-        return self.final_metrics(metrics)
+        return self.final_metrics()
 
     def sample(self, update: int) -> tuple[Rollout, dict[str, float]]:
         """Answer this process's share of the update's prompts and score the answers."""
@@ -298,6 +299,7 @@ class PPOTrainer:
 
     def _account(self, metrics: dict[str, float], rollout: Rollout, seconds: float) -> None:
         """Count what an update did and log it."""
+        self.metrics = metrics
         self.tokens += round(metrics["response/length"] * self.args.batch_size)
         self.seconds += seconds
         metrics["lr"] = self.policy_optimizer.param_groups[0]["lr"]
@@ -314,10 +316,10 @@ class PPOTrainer:
         elif self.is_main:
             print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
 
-    def final_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
+    def final_metrics(self) -> dict[str, float]:
         """What a stage records: episodes and their speed over the whole run, KL and scores of the last update."""
         episodes = self.updates_done * self.args.batch_size
-        last = {name: metrics[f"objective/{name}"] for name in ("kl", "scores") if f"objective/{name}" in metrics}
+        last = {name: self.metrics[f"objective/{name}"] for name in ("kl", "scores")}
         return {"episodes": episodes, "episodes_per_s": episodes / max(self.seconds, 1e-9), **last}
 
     def evaluate_if_due(self) -> None:
