@@ -42,14 +42,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # All in fp32: F.rms_norm warns of mixed types under bf16 autocast and leaves its fast path
-        x, weight = x.float(), self.weight.float()
-        on_cpu = x.device.type == "cpu"
-        y = (
-            kernels.RMSNormFunction.apply(x, weight, self.eps)
-            if on_cpu
-            else F.rms_norm(x, weight.shape, weight, self.eps)
-        )
-        return y.to(self.weight.dtype)
+        return kernels.rms_norm(x.float(), self.weight.float(), self.eps).to(self.weight.dtype)
 
 
 def rotary_angles(positions: Tensor, config: Qwen3Config) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,13 @@ class RMSNormFunction(torch.autograd.Function):
         return grad_x.view(x.shape), grad_weight, None
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / √(mean(x²) + ε) ⊙ weight over the last dimension; x (…, D) and weight (D,) fp32."""
+    if x.device.type == "cpu":
+        return RMSNormFunction.apply(x, weight, eps)
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
 class CausalAttentionFunction(torch.autograd.Function):
     """softmax(q·kᵀ + causal mask)·v for q (already divided by √K), k and v (N, T, K) in bf16.
 

@@ -107,20 +107,19 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, min_p)
     _check_lengths(model, prompts, max_new_tokens)
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
     # Drawn at once and in the prompts' order, so that neither batching nor rows that finish early change a sample
-    uniform = torch.rand(max_new_tokens, len(prompts), generator=generator, device=getattr(generator, "device", "cpu"))
+    uniform = _uniform(max_new_tokens, len(prompts), generator)
     tokens = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long)
     logprobs = torch.zeros(len(prompts), max_new_tokens)
-    rows_of_length = lengths.argsort(stable=True)  # prompts of like lengths together: least padding
+    # Prompts of like lengths together: least padding
+    by_length = torch.tensor([len(prompt) for prompt in prompts]).argsort(stable=True)
     respond = _respond if isinstance(model, GPTForCausalLM) else _respond_with_transformers
     with torch.inference_mode():
-        for rows in rows_of_length.split(batch_size or len(prompts)):
+        for rows in by_length.split(batch_size or len(prompts)):
             padded, starts = _left_pad([prompts[row] for row in rows], pad_token_id)
-            to = {"device": model.device}
-            answer = respond(model, padded.to(**to), starts.to(**to), sampling, ends, uniform[:, rows].to(**to))
-            tokens[rows], logprobs[rows] = (part.cpu() for part in answer)
-    return _pack(prompts, lengths, tokens, logprobs, ends, pad_token_id, model.device)
+            given = (part.to(model.device) for part in (padded, starts, uniform[:, rows.to(uniform.device)]))
+            tokens[rows], logprobs[rows] = (part.cpu() for part in respond(model, *given, sampling, ends))
+    return _pack(prompts, tokens, logprobs, ends, pad_token_id, model.device)
 
 
 def stream(
@@ -139,7 +138,7 @@ def stream(
     sampling = Sampling(temperature, top_k, top_p, min_p)
     _check_lengths(model, [prompt], max_new_tokens)
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-    uniform = torch.rand(max_new_tokens, 1, generator=generator, device=getattr(generator, "device", "cpu"))
+    uniform = _uniform(max_new_tokens, 1, generator)
     tokens = torch.tensor([prompt], device=model.device)
     with torch.inference_mode():
         if isinstance(model, GPTForCausalLM):
@@ -213,14 +212,9 @@ class Decoder:
             fused["out_bias"] = attention.o_proj.bias
         fused = {name: weight.to(self.dtype).contiguous() for name, weight in fused.items()}
         # 1/√K goes into the queries' norm weight
-        qk_norm = torch.cat(
-            (
-                (attention.q_norm.weight[pairs] * size**-0.5).expand(self.heads, -1),
-                attention.k_norm.weight[pairs].expand(self.groups, -1),
-            )
-        ).float()
+        q_norm, k_norm = attention.q_norm.weight[pairs] * size**-0.5, attention.k_norm.weight[pairs]
         return fused | {
-            "qk_norm": qk_norm,
+            "qk_norm": torch.cat((q_norm.expand(self.heads, -1), k_norm.expand(self.groups, -1))).float(),
             "norm_1": block.input_layernorm.weight.float(),
             "norm_2": block.post_attention_layernorm.weight.float(),
         }
@@ -267,14 +261,9 @@ class Decoder:
             mask = slots <= slots[start:, None]  # (T, slots)
             mask = (mask & (slots >= self.starts[:, None, None])) | (slots == slots[start:, None])
             mask = mask[:, None]
+        grouped = self.heads != self.groups
         out = F.scaled_dot_product_attention(
-            q.to(keys.dtype),
-            keys,
-            values,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=1.0,
-            enable_gqa=self.heads != self.groups,
+            q.to(keys.dtype), keys, values, attn_mask=mask, is_causal=mask is None, scale=1.0, enable_gqa=grouped
         )
         return out.transpose(1, 2).flatten(2)
 
@@ -285,7 +274,7 @@ class Decoder:
 
 
 def _respond(
-    model: GPTForCausalLM, prompts: Tensor, starts: Tensor, sampling: Sampling, ends: list[int], uniform: Tensor
+    model: GPTForCausalLM, prompts: Tensor, starts: Tensor, uniform: Tensor, sampling: Sampling, ends: list[int]
 ) -> tuple[Tensor, Tensor]:
     """Left-padded prompts (B, P), their first real slots (B,), uniform (R, B) → tokens (B, R), logprobs (B, R).
 
@@ -333,7 +322,7 @@ class _Draw(LogitsProcessor):
 
 
 def _respond_with_transformers(
-    model: PreTrainedModel, prompts: Tensor, starts: Tensor, sampling: Sampling, ends: list[int], uniform: Tensor
+    model: PreTrainedModel, prompts: Tensor, starts: Tensor, uniform: Tensor, sampling: Sampling, ends: list[int]
 ) -> tuple[Tensor, Tensor]:
     """As _respond, for any model that transformers can generate with."""
     draw = _Draw(sampling, uniform)
@@ -377,6 +366,11 @@ def _check_lengths(model: PreTrainedModel, prompts: list[list[int]], max_new_tok
             )
 
 
+def _uniform(steps: int, rows: int, generator: torch.Generator | None) -> Tensor:
+    """(steps, rows) numbers in [0, 1), made where the generator lives."""
+    return torch.rand(steps, rows, generator=generator, device="cpu" if generator is None else generator.device)
+
+
 def _left_pad(prompts: list[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
     """→ (B, P) long, padded on the left, and the slot where each row starts (B,)."""
     longest = max(map(len, prompts))
@@ -385,15 +379,10 @@ def _left_pad(prompts: list[list[int]], pad_token_id: int) -> tuple[Tensor, Tens
 
 
 def _pack(
-    prompts: list[list[int]],
-    prompt_lengths: Tensor,
-    tokens: Tensor,
-    logprobs: Tensor,
-    ends: list[int],
-    pad_token_id: int,
-    device: torch.device,
+    prompts: list[list[int]], tokens: Tensor, logprobs: Tensor, ends: list[int], pad_token_id: int, device: torch.device
 ) -> Samples:
     """Put prompts and what was drawn for them into Samples; whatever follows an end token is dropped."""
+    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
     is_end = torch.isin(tokens, torch.tensor(ends))
     ended = is_end.any(1)
     lengths = torch.where(ended, is_end.int().argmax(1) + 1, tokens.shape[1])
