@@ -53,8 +53,12 @@ class TrainingFields(StageArguments):
     """Rows in one forward pass on one device."""
     gradient_accumulation_steps: int = 1
     """Forward passes summed into one optimizer step."""
+    optimizer: Literal["muon", "adamw"] = "adamw"
+    """adamw: AdamW on everything; muon: Muon on the matrices inside the blocks, AdamW on the rest."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
+    muon_learning_rate: float = 0.02
+    """Peak learning rate of the matrices that Muon has; only with optimizer muon."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     """Course of the learning rate after the warm-up; cosine and linear end at 0."""
     warmup_steps: int = 50
@@ -107,10 +111,6 @@ class PretrainArguments(TrainingFields):
     """Bytes of training text to read or generate."""
     validation_bytes: int = 200_000
     """Bytes of held-out text for val_loss and val_bpb."""
-    optimizer: Literal["muon", "adamw"] = "muon"
-    """muon: Muon on the matrices inside the blocks and AdamW on the rest; adamw: AdamW on everything."""
-    muon_learning_rate: float = 0.02
-    """Peak learning rate of Muon's matrices; learning_rate is AdamW's."""
     block_size: int = 128
     """Tokens in a training row; documents are packed into rows without padding."""
     max_position_embeddings: int = 256
@@ -161,12 +161,14 @@ class PreferencesArguments(StageArguments):
     """Who prefers: `human` (the data set's own pairs) or a function `module:name` of prompts and answers."""
     label_beta: float = 10.0
     """Bradley-Terry noise: the better answer is chosen with probability σ(label_beta · score gap)."""
+    min_score_gap: float = 0.0
+    """Answers whose scores differ by no more than this are a tie: the labeller does not choose."""
     dataset_size: int = 4000
-    """Training prompts; each gives one pair at most (ties are dropped)."""
+    """Training prompts."""
     test_size: int = 500
     """Held-out prompts for test.jsonl."""
     num_generations: int = 4
-    """Answers sampled a prompt; the pair is two of them drawn at random."""
+    """Answers sampled a prompt; all pairs of them are labelled, ties dropped."""
     max_new_tokens: int = 64
     """Longest answer in tokens."""
     temperature: float = 1.0

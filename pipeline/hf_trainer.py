@@ -13,6 +13,7 @@ from transformers import TrainingArguments as HFTrainingArguments
 from pipeline.arguments import TrainingFields
 from pipeline.checkpoint import seal
 from pipeline.errors import UserError
+from pipeline.optim import MuonFactory
 from pipeline.runtime import Stage, use_bf16
 
 
@@ -38,6 +39,14 @@ def training_kwargs(args: TrainingFields, stage: Stage) -> dict[str, Any]:
         "logging_nan_inf_filter": False,  # a loss that is no number must be seen, not filtered
         "dataloader_pin_memory": not on_cpu,
     }
+
+
+def optimizer_kwargs(args: TrainingFields) -> tuple[type, dict[str, float]] | None:
+    """The Trainer's `optimizer_cls_and_kwargs`; None is its own AdamW, set by training_kwargs."""
+    if args.optimizer == "adamw":
+        return None
+    names = ("muon_learning_rate", "learning_rate", "weight_decay", "adam_beta2")
+    return MuonFactory, {name: getattr(args, name) for name in names}
 
 
 class StageCallback(TrainerCallback):

@@ -69,7 +69,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups for MuonWithAdamW: hidden matrices to Muon; embeddings and heads to AdamW with decay, norms without."""
     hidden, tables, vectors = [], [], []
-    ends = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m for p in m.parameters()}
+    tables_and_heads = (model.get_input_embeddings(), model.get_output_embeddings(), getattr(model, "score", None))
+    ends = {id(p) for module in tables_and_heads if module is not None for p in module.parameters()}
     for parameter in model.parameters():
         if id(parameter) in ends:
             tables.append(parameter)

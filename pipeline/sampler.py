@@ -172,7 +172,9 @@ class Decoder:
     def __init__(self, model: GPTForCausalLM, rows: int, slots: int, starts: Tensor):
         config, device = model.config, model.device
         self.heads, self.groups, self.size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.eps, self.embedding, self.norm = config.rms_norm_eps, model.model.embed_tokens.weight, model.model.norm
+        self.eps, self.embedding = config.rms_norm_eps, model.model.embed_tokens.weight
+        # Detached: F.rms_norm takes a slow composed form for a weight with a gradient, even in inference mode
+        self.norm = model.model.norm.weight.detach().float()
         autocast = torch.is_autocast_enabled(device.type)
         self.dtype = torch.get_autocast_dtype(device.type) if autocast else self.embedding.dtype
         self.head = model.lm_head.weight.to(self.dtype)
@@ -180,8 +182,8 @@ class Decoder:
         cache = (len(self.layers), rows, self.groups, slots, self.size)
         # fp32 on CPU, where attention is faster in it
         cache_dtype = torch.float32 if device.type == "cpu" else self.dtype
-        self.keys = torch.zeros(cache, dtype=cache_dtype, device=device)
-        self.values = torch.zeros(cache, dtype=cache_dtype, device=device)
+        self.keys = torch.empty(cache, dtype=cache_dtype, device=device)
+        self.values = torch.empty(cache, dtype=cache_dtype, device=device)
         self.filled = 0
         self.starts = starts
         self.padded = bool((starts > 0).any())
@@ -215,8 +217,8 @@ class Decoder:
         q_norm, k_norm = attention.q_norm.weight[pairs] * size**-0.5, attention.k_norm.weight[pairs]
         return fused | {
             "qk_norm": torch.cat((q_norm.expand(self.heads, -1), k_norm.expand(self.groups, -1))).float(),
-            "norm_1": block.input_layernorm.weight.float(),
-            "norm_2": block.post_attention_layernorm.weight.float(),
+            "norm_1": block.input_layernorm.weight.detach().float(),
+            "norm_2": block.post_attention_layernorm.weight.detach().float(),
         }
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -234,7 +236,7 @@ class Decoder:
                 h = F.rms_norm(x, x.shape[-1:], weights["norm_2"], self.eps).to(self.dtype)
                 gate, up = F.linear(h, weights["gate_up"]).chunk(2, dim=-1)
                 x = x + F.linear(F.silu(gate).mul_(up), weights["down"]).float()
-            x = F.rms_norm(x[:, -1], x.shape[-1:], self.norm.weight.float(), self.eps)
+            x = F.rms_norm(x[:, -1], x.shape[-1:], self.norm, self.eps)
             return F.linear(x.to(self.dtype), self.head).float()
 
     def _attend(self, layer: int, weights: dict[str, Tensor], x: Tensor, turns: Tensor, start: int, end: int) -> Tensor:

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -65,23 +66,23 @@ def sample_and_label(args: PreferencesArguments, stage: runtime.Stage) -> dict[s
                     )  # fmt: skip
                 texts = response_texts(tokenizer, samples)
                 scores = label(batch, texts)
-                rows += pair_up(batch, texts, scores, args.num_generations, args.label_beta, coin)
+                rows += pair_up(batch, texts, scores, args.num_generations, args.label_beta, args.min_score_gap, coin)
                 advance(len(batch) // args.num_generations)
     return splits
 
 
-def pair_up(prompts: list, texts: list[str], scores: list[float], num_generations: int, beta: float,
+def pair_up(prompts: list, texts: list[str], scores: list[float], num_generations: int, beta: float, min_gap: float,
             coin: random.Random) -> list[dict]:  # fmt: skip
-    """Disjoint pairs of answers to one prompt; P(better is chosen) = σ(β·gap) (Bradley & Terry 1952); ties are dropped.
+    """All pairs of answers to one prompt, as InstructGPT's labellers rank them (2203.02155, section 3.5).
 
-    `flipped` marks the pairs whose label went against the scores: held-out accuracy is counted with and without it.
+    P(better is chosen) = σ(β·gap) (Bradley & Terry 1952); gaps up to `min_gap` are ties and dropped. `flipped` marks the pairs whose label went against the scores: held-out accuracy is counted with and without it.
     """
     rows = []
     for first in range(0, len(prompts), num_generations):
-        for a in range(first, first + num_generations - 1, 2):
-            better, worse = (a, a + 1) if scores[a] >= scores[a + 1] else (a + 1, a)
+        for a, b in combinations(range(first, first + num_generations), 2):
+            better, worse = (a, b) if scores[a] >= scores[b] else (b, a)
             gap = scores[better] - scores[worse]
-            if gap == 0 or texts[better] == texts[worse]:
+            if gap <= min_gap or texts[better] == texts[worse]:
                 continue
             flipped = coin.random() >= 1 / (1 + math.exp(-min(beta * gap, 700)))
             chosen, rejected = (worse, better) if flipped else (better, worse)

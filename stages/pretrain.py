@@ -11,9 +11,8 @@ from pipeline.arguments import PretrainArguments
 from pipeline.bigram import BigramLanguageModel, bits_per_byte
 from pipeline.errors import UserError
 from pipeline.gpt import GPTForCausalLM
-from pipeline.hf_trainer import StageCallback, attach, save_model, train, training_kwargs
+from pipeline.hf_trainer import StageCallback, attach, optimizer_kwargs, save_model, train, training_kwargs
 from pipeline.models import load_policy, parameter_count
-from pipeline.optim import MuonFactory
 from pipeline.tokenizer import check_fits, load_tokenizer
 
 
@@ -37,7 +36,7 @@ def main(args: PretrainArguments) -> None:
 
     trainer = Trainer(
         model=model, args=TrainingArguments(**training_kwargs(args, stage)), train_dataset=rows, eval_dataset=held_out,
-        data_collator=_collate, optimizer_cls_and_kwargs=_optimizer(args),
+        data_collator=_collate, optimizer_cls_and_kwargs=optimizer_kwargs(args),
     )  # fmt: skip
     tokens_per_step = _tokens_per_step(args, trainer.args.world_size)
     callback = StageCallback(stage, tokens_per_step, translate)
@@ -85,13 +84,6 @@ def build_model(args: PretrainArguments, tokenizer: object) -> torch.nn.Module:
 def _pack(args: PretrainArguments, tokenizer: object, split: str, max_bytes: int) -> data.Packed:
     texts = data.load_texts(args.dataset, split=split, seed=args.seed, max_bytes=max_bytes)
     return data.pack(texts, tokenizer, args.block_size)
-
-
-def _optimizer(args: PretrainArguments) -> tuple[type, dict] | None:
-    if args.optimizer == "adamw":
-        return None  # the Trainer's own, from TrainingArguments
-    names = ("muon_learning_rate", "learning_rate", "weight_decay", "adam_beta2")
-    return MuonFactory, {name: getattr(args, name) for name in names}
 
 
 def _collate(rows: list[dict]) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from pipeline import data, runtime
 from pipeline.arguments import RewardArguments
 from pipeline.checkpoint import write_json
 from pipeline.errors import UserError
-from pipeline.hf_trainer import StageCallback, attach, save_model, train, training_kwargs
+from pipeline.hf_trainer import StageCallback, attach, optimizer_kwargs, save_model, train, training_kwargs
 from pipeline.models import load_critic
 from pipeline.rewards import RewardModel
 from pipeline.tokenizer import check_fits, load_tokenizer
@@ -33,7 +33,7 @@ def main(args: RewardArguments) -> None:
     names = ["prompt", "chosen", "rejected"]  # the scores that made the labels stay out of sight
     trainer = RewardTrainer(
         model=model, args=config, train_dataset=rows.select_columns(names), eval_dataset=held_out.select_columns(names),
-        processing_class=tokenizer,
+        processing_class=tokenizer, optimizer_cls_and_kwargs=optimizer_kwargs(args),
     )  # fmt: skip
     attach(trainer, StageCallback(stage))
     train(trainer, stage)

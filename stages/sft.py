@@ -6,7 +6,7 @@ from trl import SFTConfig, SFTTrainer
 from pipeline import data, runtime
 from pipeline.arguments import SFTArguments
 from pipeline.errors import UserError
-from pipeline.hf_trainer import StageCallback, attach, save_model, train, training_kwargs
+from pipeline.hf_trainer import StageCallback, attach, optimizer_kwargs, save_model, train, training_kwargs
 from pipeline.models import load_policy
 from pipeline.tokenizer import END_OF_TURN, check_fits, load_tokenizer
 
@@ -47,7 +47,10 @@ def build_trainer(args: SFTArguments, stage: runtime.Stage, model: object, token
         **training_kwargs(args, stage), max_length=args.max_length, packing=False, assistant_only_loss=chat,
         completion_only_loss=not chat, dataset_num_proc=None, include_num_input_tokens_seen=True,
     )  # fmt: skip
-    return SFTTrainer(model=model, args=config, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer)
+    return SFTTrainer(
+        model=model, args=config, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer,
+        optimizer_cls_and_kwargs=optimizer_kwargs(args),
+    )  # fmt: skip
 
 
 def _translate(row: dict) -> dict:

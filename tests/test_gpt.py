@@ -382,3 +382,11 @@ def test_trainer_of_transformers_accumulates_to_the_same_loss(tmp_path):
         return trainer.state.log_history[0]["loss"]
 
     assert first_loss(1) == pytest.approx(first_loss(4), rel=1e-4)
+
+
+def test_benchmark_runs_and_ends_in_a_json_line(capsys):
+    from benchmarks import train
+
+    result = train.main(["--quick", "--rounds", "1"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    assert result["ratio"] > 0 and result["benchmark"] == "train"

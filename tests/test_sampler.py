@@ -1,5 +1,7 @@
 """The sampler: greedy equals transformers, log-probs equal the training forward's, draws follow the distribution."""
 
+import json
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
@@ -286,3 +288,11 @@ def test_what_cannot_be_sampled_is_said(model, bad, message):
     settings = {"prompts": [[3, 4]], "max_new_tokens": 10, "eos_token_id": END, "pad_token_id": PAD} | bad
     with pytest.raises(UserError, match=message):
         generate(model, settings.pop("prompts"), **settings)
+
+
+def test_benchmark_runs_and_ends_in_a_json_line(capsys):
+    from benchmarks import sample
+
+    result = sample.main(["--quick", "--rounds", "1"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    assert result["ratio"] > 0 and result["benchmark"] == "sample"

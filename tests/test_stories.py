@@ -63,7 +63,7 @@ def body(document: str) -> str:
 
 def test_headings_name_what_is_in_the_story(corpus: list[str]) -> None:
     headed = [text.split("\n") for text in corpus if "\n" in text]
-    assert 0.68 < len(headed) / len(corpus) < 0.76  # 0.8 · CORPUS_HEADED
+    assert 0.81 < len(headed) / len(corpus) < 0.86  # 0.88 · CORPUS_HEADED
     for heading, text in headed[:500]:
         name, words, ending = re.fullmatch(r"Name: (\w+)\. Words: ([a-z, ]+)\. Ending: (\w+)\.", heading).groups()
         checks = check(f"Write a story about {name}. Use: {words}. Ending: {ending}.", text)
@@ -77,13 +77,13 @@ def test_headings_name_what_is_in_the_story(corpus: list[str]) -> None:
 def test_corpus_documents_are_short_and_of_mixed_quality(corpus: list[str]) -> None:
     corpus = [body(text) for text in corpus]
     counts = [len(split_sentences(text)) for text in corpus]
-    assert sum(4 <= count <= 9 for count in counts) / len(counts) > 0.95
+    assert sum(4 <= count <= 8 for count in counts) / len(counts) > 0.95
     words = [len(sentence.split()) for text in corpus for sentence in split_sentences(text)]
     assert 5 < sum(words) / len(words) < 8 and max(words) <= 20
     prompt = "Write a story about Ben. Use: kite, fox. Ending: happy."
     coherence = ("pronouns", "continuity", "grammar", "repeats", "close")
     faulty = sum(any(check(prompt, text)[name] < 1 for name in coherence) for text in corpus) / len(corpus)
-    assert 0.13 < faulty < 0.21  # CORPUS_FAULTY, less the pronouns that happen to mean somebody else
+    assert 0.07 < faulty < 0.13  # CORPUS_FAULTY, less the pronouns that happen to mean somebody else
 
 
 def test_corpus_keeps_to_its_size_and_splits_differ() -> None:
@@ -154,12 +154,12 @@ def test_a_prompt_says_exactly_what_it_asks(wording: str) -> None:
 def test_answers_obey_part_of_the_time(answers: list[tuple[str, str]]) -> None:
     checks = [check(prompt, story) for prompt, story in answers]
     mean = sum(map(score, checks)) / len(checks)
-    assert 0.5 < mean < 0.6
+    assert 0.58 < mean < 0.7
     for name in stories.WEIGHTS:
         right = sum(one[name] == 1 for one in checks) / len(checks)
         assert 0.15 < right < 0.8, name
     spread = sorted(map(score, checks))
-    assert spread[len(spread) // 10] < 0.35 and spread[-len(spread) // 10] > 0.78
+    assert spread[len(spread) // 10] < 0.45 and spread[-len(spread) // 10] > 0.78
 
 
 def test_answers_fit_60_tokens(answers: list[tuple[str, str]]) -> None:
@@ -191,10 +191,9 @@ def test_held_out_names_and_pairs_are_never_asked_for_in_training(corpus: list[s
     held_out = [spec for name, some in specs.items() if "validation" in name or "test" in name for spec in some]
     names = [{spec.name for spec in some} for some in (training, held_out)]
     pairs = [{frozenset(spec.words) for spec in some} for some in (training, held_out)]
-    assert not names[0] & names[1] and names[1] == set(HELD_OUT_NAMES)
+    assert not names[0] & set(HELD_OUT_NAMES) and names[1] > set(HELD_OUT_NAMES)
+    assert 0.3 < sum(spec.name in HELD_OUT_NAMES for spec in held_out) / len(held_out) < 0.37
     assert not pairs[0] & pairs[1] and len(pairs[1]) > 2000
-    told = " ".join(row["completion"][0]["content"] for row in sets["instructions train"])
-    assert not HELD_OUT_NAMES & set(re.findall("[A-Z][a-z]+", told))
     seen = set(re.findall("[A-Za-z]+", " ".join(corpus)))
     assert seen.issuperset(HELD_OUT_NAMES) and seen.issuperset(REQUIRED)
 

@@ -11,8 +11,9 @@ lexicon.py holds the words, frames.py the sentences and what they do, grammar.py
 simulates, telling.py tells, faults.py spoils, spec.py words and reads instructions, tasks.py makes what the stages
 read, judge.py judges.
 
-Validation and test prompts ask for names and pairs of words that no training prompt asks for. The same names and words
-do occur in the corpus, or their tokens would be untrained: what is tested is obeying new combinations, not new words.
+Validation and test prompts ask for pairs of words, and a third of them for names, that no training prompt asks for.
+The same names and words do occur in the corpus, or their tokens would be untrained: what is tested is obeying new
+combinations, not new words.
 A gold reward of this kind shows that the machinery learns what it is rewarded for. It says nothing of human taste.
 """
 

@@ -16,6 +16,9 @@ WORDINGS = {
 }
 """Wordings of the instruction and how often each is used. {words} is a list with commas."""
 
+HELD_OUT_NAME_SHARE = 1 / 3
+"""Of held-out prompts; all of them have a held-out pair of words."""
+
 _INDEX = {word: index for index, word in enumerate(REQUIRED)}
 _PATTERNS = [
     re.compile(
@@ -43,8 +46,11 @@ def held_out_pair(first: str, second: str) -> bool:
 
 
 def draw(rng: Random, held_out: bool) -> Spec:
-    """A random spec: two words; name and pair both of the training side, or both held out."""
-    name = rng.choice(TEST_NAMES if held_out else TRAIN_NAMES)
+    """A random spec: two words. A held-out one has a held-out pair, and a third of them a held-out name.
+
+    No training prompt has either.
+    """
+    name = rng.choice(TEST_NAMES if held_out and rng.random() < HELD_OUT_NAME_SHARE else TRAIN_NAMES)
     while True:
         first, second = rng.sample(REQUIRED, 2)
         if held_out_pair(first, second) == held_out:

@@ -8,15 +8,15 @@ from random import Random
 
 from ..formats import assistant, user
 from . import faults
-from .lexicon import ENDINGS, NAMES, REQUIRED, TRAIN_NAMES
+from .lexicon import ENDINGS, NAMES, REQUIRED
 from .spec import Spec, draw, write_prompt
 from .telling import Teller
 
 # The pretraining corpus.
-CORPUS_SENTENCES = (4, 8)
-CORPUS_FAULTY = 0.2
+CORPUS_SENTENCES = (4, 7)
+CORPUS_FAULTY = 0.12
 """Share of documents with a planted fault, one of CORPUS_FAULTS: pretraining text is of mixed quality."""
-CORPUS_HEADED = 0.9
+CORPUS_HEADED = 0.95
 """Share of the other documents that begin with a heading of what is in them, as TinyStories-Instruct has it. Without
 headings a small model sees too little reason to look back, and never learns to copy from a prompt (LOG.md)."""
 HEADING = "Name: {name}. Words: {words}. Ending: {ending}.\n"
@@ -29,11 +29,11 @@ CORPUS_FAULTS = (
     faults.rambling,
 )
 
-# Instruction answers: how often each thing is right or wrong. Set so that their mean gold is about 0.55 and that every
+# Instruction answers: how often each thing is right or wrong. Set so that their mean gold is about 0.63 and that every
 # sub-check is often right and often wrong: then a reward model sees both, and PPO has room above its starting point.
-OBEY_WORD = 0.45
-OBEY_ENDING = 0.55
-OBEY_NAME = 0.5
+OBEY_WORD = 0.55
+OBEY_ENDING = 0.75
+OBEY_NAME = 0.7
 ANSWER_FAULTS = {
     faults.wrong_pronoun: 0.35,
     faults.broken_continuity: 0.35,
@@ -57,7 +57,7 @@ INSTRUCTION_SPLITS = {"train": False, "validation": True, "test": True}
 def corpus(seed: int, max_bytes: int, split: str = "train") -> Iterator[str]:
     """Documents for pretraining, as many as fit `max_bytes` of UTF-8 with one byte between documents.
 
-    Stories of 4 to 8 sentences; CORPUS_FAULTY of them have a planted fault, most of the others a heading that names the
+    Stories of 4 to 7 sentences; CORPUS_FAULTY of them have a planted fault, most of the others a heading that names the
     first person, the askable words and the ending. Every name and word occurs, held-out ones too, or their tokens would
     be untrained: what is held out is that an instruction asks for them together. `split` is "train" or "validation";
     ValueError for another.
@@ -114,13 +114,14 @@ def instructions(seed: int, size: int, split: str = "train") -> list[dict]:
     """Instruction rows {"prompt": [user message], "completion": [assistant message]} with answers of mixed quality.
 
     "train" asks for training names and pairs, "validation" and "test" for held-out ones; ValueError for another split.
+    The answers may hold any name: one that never came up would be unlearned rather than held out.
     """
     held_out = INSTRUCTION_SPLITS[_known(split, INSTRUCTION_SPLITS, "instructions")]
     rng = _rng("instructions", split, seed)
     rows = []
     for _ in range(size):
         spec = draw(rng, held_out)
-        text = answer(rng, spec, NAMES if held_out else TRAIN_NAMES)
+        text = answer(rng, spec)
         rows.append({"prompt": user(write_prompt(rng, spec)), "completion": assistant(text)})
     return rows
 
