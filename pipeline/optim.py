@@ -85,7 +85,7 @@ def parameter_groups(
 
 
 class MuonFactory:
-    """What transformers' Trainer takes as `optimizer_cls_and_kwargs`: called with the model, it builds the optimizer."""
+    """What the Trainer takes as `optimizer_cls_and_kwargs`: called with the model, it builds the optimizer."""
 
     def __call__(self, model: nn.Module, **kwargs: float) -> MuonWithAdamW:
         """Keyword arguments are those of parameter_groups."""

@@ -23,7 +23,7 @@ def main(args: PPOArguments) -> None:
     trainer = PPOTrainer(
         policy=policy,
         reference=reference,
-        rewards=load_rewards(args.reward, args.reward_weights),
+        rewards=load_rewards(args.reward, args.reward_weights, mixed_precision=args.mixed_precision),
         critic=critic,
         args=args,
         train_dataset=data.load_prompts(args.dataset, split="ppo", seed=args.seed, size=args.dataset_size),
@@ -34,7 +34,7 @@ def main(args: PPOArguments) -> None:
     )
     metrics = trainer.train()
     trainer.save_model(Path(args.output_dir))
-    stage.finish(metrics)
+    stage.finish(metrics, tokens=trainer.tokens)
 
 
 if __name__ == "__main__":

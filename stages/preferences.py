@@ -75,7 +75,8 @@ def pair_up(prompts: list, texts: list[str], scores: list[float], num_generation
             coin: random.Random) -> list[dict]:  # fmt: skip
     """All pairs of answers to one prompt, as InstructGPT's labellers rank them (2203.02155, section 3.5).
 
-    P(better is chosen) = σ(β·gap) (Bradley & Terry 1952); gaps up to `min_gap` are ties and dropped. `flipped` marks the pairs whose label went against the scores: held-out accuracy is counted with and without it.
+    P(better is chosen) = σ(β·gap) (Bradley & Terry 1952); gaps up to `min_gap` are ties and dropped.
+    `flipped` marks the pairs whose label went against the scores: held-out accuracy is counted with and without it.
     """
     rows = []
     for first in range(0, len(prompts), num_generations):
