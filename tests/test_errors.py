@@ -88,10 +88,10 @@ def test_tokenizer_that_does_not_fit(fails, smoke: Path, tmp_path: Path) -> None
 
 def test_prompt_longer_than_the_context(fails, tmp_path: Path) -> None:
     rows = tmp_path / "prompts.jsonl"
-    short = [{"prompt": f"Write about {i}."} for i in range(30)]
-    rows.write_text("".join(json.dumps(r) + "\n" for r in [*short, {"prompt": "word " * 300}]))
+    prompts = [f"Write about {i}." if i % 3 else f"{i} " + "word " * 300 for i in range(30)]
+    rows.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     sentence = fails("ppo", "--dataset", str(rows))
-    assert "longer" in sentence or "tokens" in sentence
+    assert "train_dataset, row" in sentence and "do not fit the model's context of 160" in sentence
 
 
 def test_pair_longer_than_max_length(fails) -> None:

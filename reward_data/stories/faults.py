@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from random import Random
+from typing import Any
 
 from .grammar import GROUPS, parse
 from .lexicon import AGREE, GENDER, NAMES, OBJECTS
@@ -22,7 +23,7 @@ _HOLDING = [
 """Sentences whose subject has to hold the object."""
 
 
-def _pick(rng: Random, items: Sequence):
+def _pick(rng: Random, items: Sequence) -> Any:
     return items[int(rng.random() * len(items))]
 
 
