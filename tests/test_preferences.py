@@ -1,0 +1,46 @@
+"""Pairs and what the reward model is judged by, against values computed by hand."""
+
+import math
+import random
+from collections import Counter
+
+import pytest
+import torch
+
+from stages.preferences import pair_up
+from stages.reward import calibration
+
+PROMPT = [{"role": "user", "content": "Write."}]
+
+
+def test_all_pairs_of_a_prompt_better_first() -> None:
+    rows = pair_up([PROMPT] * 4, ["a", "b", "c", "d"], [0.1, 0.4, 0.4, 0.9], 4, 1e9, 0.0, random.Random(0))
+    pairs = {(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows}
+    assert pairs == {("b", "a"), ("c", "a"), ("d", "a"), ("d", "b"), ("d", "c")}  # b and c tie
+    assert all(not row["flipped"] and row["chosen_score"] > row["rejected_score"] for row in rows)
+    assert all(row["prompt"] == PROMPT and row["chosen"][0]["role"] == "assistant" for row in rows)
+
+
+def test_near_ties_and_equal_texts_are_dropped() -> None:
+    assert len(pair_up([PROMPT] * 2, ["a", "b"], [0.5, 0.6], 2, 1e9, 0.05, random.Random(0))) == 1
+    assert pair_up([PROMPT] * 2, ["a", "b"], [0.5, 0.6], 2, 1e9, 0.2, random.Random(0)) == []
+    assert pair_up([PROMPT] * 2, ["a", "a"], [0.5, 0.6], 2, 1e9, 0.0, random.Random(0)) == []
+
+
+@pytest.mark.parametrize("beta", [2.0, 10.0])
+def test_noise_is_bradley_terrys(beta: float) -> None:
+    gap, n, coin = 0.2, 4000, random.Random(0)
+    rows = pair_up([PROMPT] * (2 * n), ["a", "b"] * n, [0.3, 0.3 + gap] * n, 2, beta, 0.0, coin)
+    flips = Counter(row["flipped"] for row in rows)[True] / n
+    expected = 1 - 1 / (1 + math.exp(-beta * gap))
+    assert abs(flips - expected) < 4 * math.sqrt(expected * (1 - expected) / n)
+    assert all(row["flipped"] == (row["chosen"][0]["content"] == "a") for row in rows)
+
+
+def test_calibration_by_hand() -> None:
+    # σ(ln 3) = 0.75, three of four right; σ(ln 19) = 0.95, always right
+    margins = torch.tensor([math.log(3)] * 3 + [-math.log(3)] + [math.log(19)] * 5)
+    bins = calibration(margins)["bins"]
+    assert [b["n"] for b in bins] == [4, 5]
+    assert bins[0]["predicted"] == pytest.approx(0.75) and bins[0]["observed"] == pytest.approx(0.75)
+    assert bins[1]["predicted"] == pytest.approx(0.95) and bins[1]["observed"] == 1.0
