@@ -17,6 +17,9 @@ PYTHON ?= python3
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 STAGES := tokenizer pretrain sft preferences reward ppo evaluate report
+ifeq ($(wildcard configs/$(PRESET)),)
+$(error PRESET=$(PRESET) is none of: $(filter-out accelerate,$(notdir $(wildcard configs/*))))
+endif
 READY  := $(VENV)/.ready
 ifeq ($(PRESET),reviews)
 READY  += $(VENV)/.ready-reviews

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from pipeline.errors import UserError
 from pipeline.gpt import GPTForCausalLM, GPTForSequenceClassification
+from pipeline.sources import is_local
 
 
 def load_policy(path: str, device: torch.device | str | None = None) -> PreTrainedModel:
@@ -43,8 +44,8 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def _load(path: str, ours: type, stock: type, device: torch.device | str | None, **kwargs: object) -> PreTrainedModel:
-    if Path(path).exists() and not (Path(path) / "config.json").is_file():
-        raise UserError(f"{path} is no model folder: it has no config.json")
+    if is_local(path) and not (Path(path) / "config.json").is_file():
+        raise UserError(f"{path} is no model folder (it has no config.json)")
     try:
         config = AutoConfig.from_pretrained(path)
         kind = ours if config.model_type == "qwen3" else stock

@@ -35,7 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pipeline.arguments import ArgumentsT, StageArguments, parse
 from pipeline.checkpoint import latest_checkpoint, sha256_of, write_json
 from pipeline.errors import UserError
-from pipeline.sources import GENERATORS, find_sources
+from pipeline.sources import GENERATORS, find_sources, is_local
 
 __all__ = ["Stage", "UserError", "bf16_in_hardware", "run", "use_bf16"]
 
@@ -253,14 +253,9 @@ def _short(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def _is_local(path: str, args: StageArguments) -> bool:
-    """Whether `path` must exist here; `owner/name` that is no folder is a hub name."""
-    return Path(path).exists() or path.startswith(("/", ".", "~", args.run_dir)) or path.count("/") != 1
-
-
 def _fingerprint(stage: str, key: str, path: str, args: StageArguments) -> dict[str, str]:
     """sha256 over the files of an input; a hub name is its own fingerprint."""
-    if not _is_local(path, args):
+    if not is_local(path) and not path.startswith(args.run_dir):
         return {"path": path, "sha256": "hub"}
     place = Path(path).expanduser()
     if not place.exists():

@@ -35,6 +35,13 @@ Row = dict[str, Any]
 Source = tuple[str, Callable[[], Iterable[Row]]]
 
 
+def is_local(name: str) -> bool:
+    """Whether `name` means a place on this machine: anything but `owner/name` of which no folder `owner` is here."""
+    path = Path(name).expanduser()
+    in_a_folder = bool(path.parts) and Path(path.parts[0]).exists()
+    return path.exists() or path.is_absolute() or name.startswith(".") or len(path.parts) != 2 or in_a_folder
+
+
 def find_sources(dataset: str) -> list[Source]:
     """The files or hub splits behind `dataset`. Raises UserError where there are none."""
     path = Path(dataset).expanduser()

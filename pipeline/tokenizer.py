@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import UserError
 from pipeline.sampler import Samples
+from pipeline.sources import is_local
 
 PAD, END_OF_TEXT, SYSTEM, USER, ASSISTANT, END_OF_TURN = SPECIAL_TOKENS = (
     "<|pad|>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>",
@@ -52,6 +53,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     """Open a tokenizer from a folder or the hub; refuses one whose pad token is an end token."""
     from transformers import AutoTokenizer
 
+    if is_local(path) and not Path(path).is_dir():
+        raise UserError(f"no tokenizer can be opened from {path}: there is no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
