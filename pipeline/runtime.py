@@ -105,6 +105,7 @@ class Stage:
         self.is_main = int(os.environ.get("RANK", "0")) == 0
         self.started, self.clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
         self.seconds_before = 0.0
+        self.shown: tuple[str, ...] | None = None  # names of the metrics to print; none: all. The file has all of them.
         self._progress: Progress | None = None
         named = {key: path for key, path in inputs.items() if path and path not in GENERATORS}
         self.inputs = {key: _fingerprint(name, key, path, args) for key, path in named.items()}
@@ -203,7 +204,8 @@ class Stage:
         row = {**metrics, "time": round(self.seconds, 2)}
         with self._metrics_file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
-        shown = [f"{k} {_short(v)}" for k, v in metrics.items() if isinstance(v, int | float)]
+        named = {k: v for k, v in metrics.items() if self.shown is None or k in self.shown}
+        shown = [f"{k} {_short(v)}" for k, v in named.items() if isinstance(v, int | float)]
         self.say("  ".join(shown))
 
     @contextlib.contextmanager

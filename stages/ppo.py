@@ -9,12 +9,18 @@ from pipeline.ppo import PPOTrainer
 from pipeline.rewards import load_function, load_rewards
 from pipeline.tokenizer import check_fits, load_tokenizer
 
+SHOWN = ("step", "episode", "objective/scores", "objective/kl", "objective/entropy", "response/length",
+         "policy/approxkl_avg", "val/explained_variance", "episodes_per_s",
+         "eval/proxy", "eval/gold", "eval/kl", "eval/length")  # fmt: skip
+"""What a line on the screen has room for; metrics.jsonl has everything."""
+
 
 def main(args: PPOArguments) -> None:
     """Policy and reference start from the SFT model, the critic from the reward model; the reward model stays fixed."""
     rewards = {f"reward_{i}": r for i, r in enumerate(args.reward) if ":" not in r}
     inputs = {"model": args.model_name_or_path, "critic": args.critic_name_or_path, **rewards}
     stage = runtime.Stage(args, "ppo", inputs | {"dataset": args.dataset})
+    stage.shown = SHOWN
     tokenizer = load_tokenizer(args.model_name_or_path)
     policy, reference = (load_policy(args.model_name_or_path) for _ in range(2))
     critic = load_critic(args.critic_name_or_path)
