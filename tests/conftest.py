@@ -9,6 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on the network
+# The models here are tiny: a second thread gains nothing, and on a busy machine it waits for the first at every step.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def make(*words: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
