@@ -32,14 +32,14 @@ endif
 all: report ## the whole chain, then a table, samples and the report (default)
 
 # A stage's stamp holds its settings; it changes only when they do, and only for stages named on the command line, so
-# that `make sft ARGS=… && make ppo` keeps that sft.
+# that `make sft ARGS=… && make ppo` keeps that sft. (`+`: compared under `make -n` too, or it would list every stage.)
 GOALS := $(or $(filter-out $(PRESET),$(MAKECMDGOALS)),all)
 NAMED = $(if $(filter all smoke,$(GOALS)),$(STAGES),$(filter $(STAGES),$(GOALS)))
 .PHONY: FORCE
 FORCE:
 $(RUN)/.settings/%: FORCE
-	@mkdir -p $(@D)
-	@$(if $(filter $*,$(NAMED)),echo '$(SEED) $(subst ','\'',$(ARGS))' | cmp -s - $@ || echo '$(SEED) $(subst ','\'',$(ARGS))' > $@,test -e $@ || echo '$(SEED) ' > $@)
+	+@mkdir -p $(@D)
+	+@$(if $(filter $*,$(NAMED)),echo '$(SEED) $(subst ','\'',$(ARGS))' | cmp -s - $@ || echo '$(SEED) $(subst ','\'',$(ARGS))' > $@,test -e $@ || echo '$(SEED) ' > $@)
 
 # A data set that is a file or folder of the user's is an input too.
 files_of = $(wildcard $(shell sed -n 's/^dataset: *\([^ #]*\).*/\1/p' configs/$(PRESET)/$(1).yaml 2>/dev/null))

@@ -24,9 +24,7 @@ def main(args: SFTArguments) -> None:
     start_loss = None if stage.resume_from else trainer.evaluate()["eval_loss"]
     train(trainer, stage)
     eval_loss = trainer.evaluate()["eval_loss"]
-    # An answer ends at the end of the turn; a document's end stops it too.
-    document_end = model.config.eos_token_id
-    model.generation_config.eos_token_id = list(dict.fromkeys([tokenizer.eos_token_id, document_end]))
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id]  # an answer ends where the turn does
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     save_model(trainer, stage)
     metrics = {"eval_loss": eval_loss, "rows": rows.num_rows}
