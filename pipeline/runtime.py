@@ -208,6 +208,15 @@ class Stage:
         shown = [f"{k} {_short(v)}" for k, v in named.items() if isinstance(v, int | float)]
         self.say("  ".join(shown))
 
+    def logged(self, step: int, name: str) -> float | None:
+        """A figure that was logged at `step`, before a resume or after; main process only."""
+        if self.is_main:
+            for line in self._metrics_file.read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                if row.get("step") == step and name in row:
+                    return row[name]
+        return None
+
     @contextlib.contextmanager
     def progress(self, total: int, description: str, done: int = 0) -> Iterator[Callable[..., None]]:
         """A bar with speed and time left; the context is a function `advance(n=1, text="")`."""

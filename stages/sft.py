@@ -21,15 +21,12 @@ def main(args: SFTArguments) -> None:
     trainer = build_trainer(args, stage, model, tokenizer, rows, held_out)
 
     attach(trainer, StageCallback(stage, translate=_translate))
-    start_loss = None if stage.resume_from else trainer.evaluate()["eval_loss"]
     train(trainer, stage)
     eval_loss = trainer.evaluate()["eval_loss"]
     model.generation_config.eos_token_id = [tokenizer.eos_token_id]  # an answer ends where the turn does
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     save_model(trainer, stage)
-    metrics = {"eval_loss": eval_loss, "rows": rows.num_rows}
-    if start_loss is not None:
-        metrics["eval_loss_before"] = start_loss
+    metrics = {"eval_loss": eval_loss, "eval_loss_before": stage.logged(0, "eval_loss"), "rows": rows.num_rows}
     stage.finish(metrics, tokens=int(trainer.state.num_input_tokens_seen) or None)
 
 
@@ -44,6 +41,9 @@ def build_trainer(args: SFTArguments, stage: runtime.Stage, model: object, token
     config = SFTConfig(
         **training_kwargs(args, stage), max_length=args.max_length, packing=False, assistant_only_loss=chat,
         completion_only_loss=not chat, dataset_num_proc=None, include_num_input_tokens_seen=True,
+        # Not by trainer.evaluate() before train(): the Trainer then takes the model as prepared, never wraps it in
+        # DistributedDataParallel, and two processes train two models.
+        eval_on_start=stage.resume_from is None,
     )  # fmt: skip
     return SFTTrainer(
         model=model, args=config, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer,
