@@ -3,6 +3,7 @@
 import os
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,3 +29,12 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (run / "make.log").write_text(done.stdout + done.stderr)
     (run / "make.seconds").write_text(f"{time.monotonic() - started:.1f}")
     return run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps one precision a process; stages that a test runs in this one must not set it for the next file."""
+    yield
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
