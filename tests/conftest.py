@@ -33,7 +33,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps one precision a process; stages that a test runs in this one must not set it for the next file."""
+    """Accelerate keeps one precision a process; what one file's stages set must not bind the next file."""
     yield
     from accelerate.state import AcceleratorState
 
