@@ -319,7 +319,7 @@ def resolve(args: ArgumentsT) -> ArgumentsT:
             value = [v.replace("{run_dir}", args.run_dir) if isinstance(v, str) else v for v in value]
         setattr(args, f.name, value)
         counts = ("_steps", "_size", "_bytes", "batch_size", "num_", "max_new_tokens", "max_length")
-        may_be_zero = ("warmup", "validation", "test_", "eval_", "num_labels", "dataset_size")
+        may_be_zero = ("warmup", "validation", "test_", "eval_", "dataset_size")
         least = 0 if any(z in f.name for z in may_be_zero) else 1
         if type(value) is int and value < least and any(c in f.name for c in counts):
             raise UserError(f"{f.name}: {value} is too small; give a whole number from {least} up")

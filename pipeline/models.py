@@ -22,8 +22,7 @@ def load_policy(path: str, device: torch.device | str | None = None) -> PreTrain
 
 def load_reward(path: str, device: torch.device | str | None = None) -> PreTrainedModel:
     """A sequence classifier with one output: the score of a whole conversation."""
-    model = _load(path, GPTForSequenceClassification, AutoModelForSequenceClassification, device, num_labels=1)
-    return model
+    return _load(path, GPTForSequenceClassification, AutoModelForSequenceClassification, device, num_labels=1)
 
 
 def load_critic(path: str, device: torch.device | str | None = None) -> PreTrainedModel:

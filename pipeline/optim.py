@@ -1,8 +1,8 @@
-"""The optimizer of pretraining: Muon on the matrices inside the blocks, AdamW on everything else.
+"""Muon on the matrices inside the blocks, AdamW on everything else.
 
 Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon) takes the momentum of a weight matrix and replaces its
-singular values by ones, so that rare directions move as far as common ones. Small models learn to copy from the prompt
-several times sooner with it (LOG.md). Embeddings, norms and heads are no maps between hidden states: AdamW has them.
+singular values by ones, so that rare directions move as far as common ones. In pretraining, copying from
+the prompt came sooner with it (LOG.md). Embeddings, norms and heads are no maps between hidden states: AdamW has them.
 """
 
 from collections.abc import Iterable
@@ -67,7 +67,7 @@ def _adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
 def parameter_groups(
     model: nn.Module, muon_learning_rate: float, learning_rate: float, weight_decay: float, adam_beta2: float
 ) -> list[dict[str, Any]]:
-    """Groups for MuonWithAdamW: hidden matrices to Muon; embeddings and heads to AdamW with decay, norms without."""
+    """Groups for MuonWithAdamW: hidden matrices to Muon; embeddings, heads and norms to AdamW without decay."""
     hidden, tables, vectors = [], [], []
     tables_and_heads = (model.get_input_embeddings(), model.get_output_embeddings(), getattr(model, "score", None))
     ends = {id(p) for module in tables_and_heads if module is not None for p in module.parameters()}

@@ -23,7 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-# A stage runs on as many threads as the machine has cores; tokenizers' own threads would fight with worker processes.
+# Said outright, or tokenizers warns and turns its threads off wherever a process is forked.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -33,7 +33,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pipeline.arguments import ArgumentsT, StageArguments, parse
-from pipeline.checkpoint import latest_checkpoint, sha256_of, write_json
+from pipeline.checkpoint import latest_checkpoint, sha256_of, step_of, write_json
 from pipeline.errors import UserError
 from pipeline.sources import GENERATORS, find_sources, is_local
 
@@ -166,7 +166,7 @@ class Stage:
             self._metrics_file.write_text("", encoding="utf-8")
         else:
             self.say(f"going on from {point}")
-            self._drop_metrics_after(int(point.name.rsplit("-", 1)[1]))
+            self._drop_metrics_after(step_of(point))
         return point
 
     @property

@@ -80,16 +80,22 @@ def check_fits(tokenizer: PreTrainedTokenizerFast, vocab_size: int, what: str) -
 def stop_ids(model: object, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Ids that end an answer: those of the model's generation_config, else the tokenizer's end token."""
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = tokenizer.eos_token_id if ids is None else ids
     if ids is None:
-        ids = tokenizer.eos_token_id
+        raise UserError("neither the policy's generation_config nor its tokenizer names an end token; set eos_token_id")
     return list(ids) if isinstance(ids, list | tuple) else [ids]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompts: list) -> list[list[int]]:
-    """Token ids of prompts: messages through the chat template (with the assistant's turn opened), text as it is."""
-    chats = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) if isinstance(p, list) else p
-             for p in prompts]  # fmt: skip
-    return tokenizer(chats, add_special_tokens=False)["input_ids"] if chats else []
+    """Token ids of prompts, all text or all messages, the same in every stage.
+
+    Text is encoded as TRL does in SFT, with the tokenizer's own special tokens; messages through the chat template, up
+    to where the answer starts.
+    """
+    if not prompts or isinstance(prompts[0], str):
+        return tokenizer(prompts)["input_ids"] if prompts else []
+    texts = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=False)
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 def response_texts(tokenizer: PreTrainedTokenizerFast, samples: Samples) -> list[str]:
@@ -98,8 +104,3 @@ def response_texts(tokenizer: PreTrainedTokenizerFast, samples: Samples) -> list
     rows = zip(*(span.tolist() for span in spans), strict=True)
     ids = [row[start : start + length] for row, start, length in rows]
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path | str) -> None:
-    """Write tokenizer.json and its configuration."""
-    tokenizer.save_pretrained(str(folder))

@@ -2,7 +2,7 @@
 
 from pipeline import data, runtime
 from pipeline.arguments import TokenizerArguments
-from pipeline.tokenizer import save_tokenizer, train_tokenizer
+from pipeline.tokenizer import train_tokenizer
 
 
 def main(args: TokenizerArguments) -> None:
@@ -12,7 +12,7 @@ def main(args: TokenizerArguments) -> None:
         return
     texts = data.load_texts(args.dataset, split="train", seed=args.seed, max_bytes=args.max_bytes)
     tokenizer = train_tokenizer(texts, args.vocab_size)
-    save_tokenizer(tokenizer, stage.output_dir)
+    tokenizer.save_pretrained(stage.output_dir)
     sample = texts[: max(1, len(texts) // 20)]
     tokens = sum(len(ids) for ids in tokenizer(sample)["input_ids"])
     text_bytes = sum(len(text.encode()) for text in sample)

@@ -44,7 +44,7 @@ def test_the_mask_of_an_answer_decodes_to_answer_and_end(tokenizer: PreTrainedTo
 
 
 def test_prompts_open_the_assistants_turn(tokenizer: PreTrainedTokenizerFast) -> None:
-    chat, text = prompt_ids(tokenizer, [CHAT[:1], "Once"])
+    (chat,), (text,) = prompt_ids(tokenizer, [CHAT[:1]]), prompt_ids(tokenizer, ["Once"])
     assert tokenizer.decode(chat) == "<|user|>Write a story.<|end|><|assistant|>"
     assert tokenizer.decode(text) == "Once"
     whole = tokenizer.apply_chat_template(CHAT, return_dict=True)["input_ids"]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.ppo.algorithm import length_mask, response_positions
+from pipeline.tokenizer import prompt_ids
 
 Plan = list[list[Tensor]]
 """Mini-batches of micro-batches of row numbers."""
@@ -27,7 +28,7 @@ class Prompts:
         if "prompt" not in rows[0]:
             raise UserError(f"{name} has no column 'prompt' but {', '.join(map(repr, rows[0]))}; rename the column")
         self.rows = rows
-        self.ids = encode_prompts([row["prompt"] for row in rows], tokenizer)
+        self.ids = prompt_ids(tokenizer, [row["prompt"] for row in rows])
         for i, ids in enumerate(self.ids):
             if not ids:
                 raise UserError(f"{name}, row {i}: the prompt is empty; give it at least one token")
@@ -137,14 +138,6 @@ def seeded(*numbers: int) -> torch.Generator:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
         state ^= state >> 31
     return torch.Generator().manual_seed(state % 2**63)
-
-
-def encode_prompts(prompts: list[Any], tokenizer: Any) -> list[list[int]]:
-    """Token ids of each prompt: text as it is, messages through the chat template up to where the answer starts."""
-    if isinstance(prompts[0], str):
-        return tokenizer(prompts)["input_ids"]
-    texts = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=False)
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 def decode_completions(samples: Any, prompts: list[Any], tokenizer: Any) -> list[Any]:

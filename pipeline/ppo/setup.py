@@ -32,15 +32,6 @@ def build_optimizer(model: nn.Module, args: PPOConfig, learning_rate: float) -> 
     )
 
 
-def end_tokens_of(policy: nn.Module, tokenizer: Any) -> list[int]:
-    """Ids at which an answer ends: those of the policy's generation config, else the tokenizer's."""
-    ends = getattr(getattr(policy, "generation_config", None), "eos_token_id", None)
-    ends = tokenizer.eos_token_id if ends is None else ends
-    if ends is None:
-        raise UserError("neither the policy's generation_config nor its tokenizer names an end token; set eos_token_id")
-    return list(ends) if isinstance(ends, list | tuple) else [ends]
-
-
 def combine_rewards(rewards: RewardFunction | Sequence[RewardFunction]) -> RewardFunction:
     """One reward, or several added up, with every value checked."""
     if isinstance(rewards, WeightedRewards):

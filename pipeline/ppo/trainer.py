@@ -26,11 +26,12 @@ from pipeline.ppo import algorithm as A
 from pipeline.ppo.forward import TokenLogprobs, TokenValues
 from pipeline.ppo.metrics import MetricSums
 from pipeline.ppo.rollout import Plan, PromptBatch, Prompts, Rollout, decode_completions, plan_epoch, seeded
-from pipeline.ppo.setup import build_accelerator, build_optimizer, check_config, combine_rewards, end_tokens_of
+from pipeline.ppo.setup import build_accelerator, build_optimizer, check_config, combine_rewards
 from pipeline.ppo.state import load_state, save_state
 from pipeline.ppo_config import PPOConfig
 from pipeline.rewards import RewardFunction, checked
 from pipeline.sampler import Samples, generate
+from pipeline.tokenizer import stop_ids
 
 Callback = Callable[["PPOTrainer", dict[str, float]], None]
 # First numbers of the seeds, so that no two uses draw the same: the order of prompts has 1 (rollout.py).
@@ -76,7 +77,7 @@ class PPOTrainer:
         self.reduce: A.Reduce | None = None if self.world == 1 else lambda t: self.accelerator.reduce(t, "sum")
         check_config(args, self.world, processing_class)
 
-        self.tokenizer, self.end_tokens = processing_class, end_tokens_of(policy, processing_class)
+        self.tokenizer, self.end_tokens = processing_class, stop_ids(policy, processing_class)
         self.pad_token = processing_class.pad_token_id if processing_class.pad_token_id is not None else 0
         context = getattr(policy.config, "max_position_embeddings", None)
         self.prompts = Prompts(train_dataset, self.tokenizer, args.response_length, context, "train_dataset")
