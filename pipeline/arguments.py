@@ -83,16 +83,19 @@ class TrainingFields(StageArguments):
 
 @dataclass
 class TokenizerArguments(StageArguments):
-    """Train a byte-level BPE tokenizer."""
+    """Train a tokenizer: byte-level BPE, or one token a character."""
 
     output_dir: str = "{run_dir}/tokenizer"
     """Folder of the tokenizer (tokenizer.json and its configuration, opened by AutoTokenizer)."""
     dataset: str = "stories"
-    """Text to learn merges from: generator (stories, reviews), file, folder or hub name."""
-    max_bytes: int = 2_000_000
-    """Bytes of text to read; merges settle long before a corpus ends."""
+    """Text to learn from: generator (stories, reviews), file, folder or hub name."""
+    algorithm: Literal["bpe", "char"] = "bpe"
+    """bpe: merges of bytes, any text can be encoded; char: one entry a character of the text, held-out part included,
+    and an error for any other character."""
+    max_bytes: int | None = 2_000_000
+    """Bytes of text to read, as merges settle long before a corpus ends; none: all of it."""
     vocab_size: int = 2048
-    """Entries, special tokens and the 256 bytes included."""
+    """Entries of bpe, special tokens and the 256 bytes included; char has as many as the text has characters."""
 
 
 @dataclass

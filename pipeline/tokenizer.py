@@ -1,13 +1,17 @@
-"""Byte-level BPE (Sennrich et al. 2016 on bytes, as GPT-2) with a chat template and tokens of its own for every role.
+"""Byte-level BPE (Sennrich et al. 2016 on bytes, as GPT-2), or one token a character, with a chat template and tokens
+of its own for every role.
 
-Every byte has an entry, so that any text round-trips. Padding is never an end token: pad == EOS corrupts masks,
-reward positions and values (huggingface/trl#5303).
+What BPE encodes always comes back, as every byte has an entry; so does what a character tokenizer encodes, which
+refuses a character that it has no entry for. Padding is never an end token: pad == EOS corrupts masks, reward positions
+and values (huggingface/trl#5303).
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import UserError
@@ -43,10 +47,47 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     bpe.train_from_iterator(texts, trainer)
+    return _finished(bpe)
+
+
+def character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """One entry a character (Unicode code point) of `texts`, in the order of their codes, after the special tokens.
+
+    There is no entry for "unknown", which would lose text in silence: the tokenizer raises on any other character, and
+    `encode` says which.
+    """
+    characters = sorted(set().union(*texts))
+    words = Tokenizer(models.WordLevel({token: i for i, token in enumerate([*SPECIAL_TOKENS, *characters])}))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")  # `.` would leave newlines together
+    words.decoder = decoders.Fuse()
+    return _finished(words)
+
+
+def _finished(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token=PAD, eos_token=END_OF_TEXT, additional_special_tokens=list(SPECIAL_TOKENS[2:]),
-        chat_template=CHAT_TEMPLATE, padding_side="right", clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END_OF_TEXT, chat_template=CHAT_TEMPLATE,
+        additional_special_tokens=list(SPECIAL_TOKENS[2:]), padding_side="right", clean_up_tokenization_spaces=False,
     )  # fmt: skip
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str], **options: Any) -> list[list[int]]:
+    """Token ids of every text; `options` are those of calling the tokenizer.
+
+    Raises UserError with the characters that a character tokenizer has no entry for.
+    """
+    try:
+        return tokenizer(texts, **options)["input_ids"] if texts else []
+    except Exception as error:  # tokenizers has no class of its own for it
+        if "[UNK]" not in str(error):
+            raise
+        special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
+        bare = [text if options.get("split_special_tokens") else special.sub("", text) for text in texts]
+        missing = sorted(set().union(*bare) - tokenizer.get_vocab().keys())
+    shown = " ".join(map(repr, missing[:10])) + (" …" if len(missing) > 10 else "")
+    raise UserError(
+        f"the text has characters that the tokenizer has no entry for ({shown}): train a character tokenizer on text "
+        "that has them, or one with `algorithm: bpe`, which knows every byte"
+    )
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
@@ -93,9 +134,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompts: list) -> list[list[i
     to where the answer starts.
     """
     if not prompts or isinstance(prompts[0], str):
-        return tokenizer(prompts)["input_ids"] if prompts else []
+        return encode(tokenizer, prompts)
     texts = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=False)
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return encode(tokenizer, texts, add_special_tokens=False)
 
 
 def response_texts(tokenizer: PreTrainedTokenizerFast, samples: Samples) -> list[str]:

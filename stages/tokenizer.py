@@ -2,19 +2,26 @@
 
 from pipeline import data, runtime
 from pipeline.arguments import TokenizerArguments
-from pipeline.tokenizer import train_tokenizer
+from pipeline.tokenizer import character_tokenizer, encode, train_tokenizer
+
+SAMPLE_LENGTH = 100_000  # characters of a document to measure bytes_per_token on: a text may be one long document
 
 
 def main(args: TokenizerArguments) -> None:
-    """Learn byte-level BPE merges from the corpus and save the fast tokenizer."""
+    """Learn byte-level BPE merges, or the alphabet, from the corpus and save the fast tokenizer."""
     stage = runtime.Stage(args, "tokenizer", {"dataset": args.dataset})
     if not stage.is_main:
         return
     texts = data.load_texts(args.dataset, split="train", seed=args.seed, max_bytes=args.max_bytes)
-    tokenizer = train_tokenizer(texts, args.vocab_size)
+    if args.algorithm == "char":
+        # A letter that only the held-out text has needs an entry too, or its loss could not be taken.
+        held_out = data.load_texts(args.dataset, split="validation", seed=args.seed, max_bytes=args.max_bytes)
+        tokenizer = character_tokenizer([*texts, *held_out])
+    else:
+        tokenizer = train_tokenizer(texts, args.vocab_size)
     tokenizer.save_pretrained(stage.output_dir)
-    sample = texts[: max(1, len(texts) // 20)]
-    tokens = sum(len(ids) for ids in tokenizer(sample)["input_ids"])
+    sample = [text[:SAMPLE_LENGTH] for text in texts[: max(1, len(texts) // 20)]]
+    tokens = sum(len(ids) for ids in encode(tokenizer, sample, split_special_tokens=True))
     text_bytes = sum(len(text.encode()) for text in sample)
     stage.finish({"vocab_size": len(tokenizer), "bytes_per_token": round(text_bytes / tokens, 3)})
 

@@ -1,4 +1,5 @@
-"""The tokenizer: every byte round-trips, roles have tokens of their own, the answer's mask holds its end."""
+"""The tokenizers: every byte round-trips, or every character; roles have tokens of their own, the answer's mask holds
+its end."""
 
 import random
 
@@ -6,7 +7,15 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.errors import UserError
-from pipeline.tokenizer import SPECIAL_TOKENS, check_fits, load_tokenizer, prompt_ids, train_tokenizer
+from pipeline.tokenizer import (
+    SPECIAL_TOKENS,
+    character_tokenizer,
+    check_fits,
+    encode,
+    load_tokenizer,
+    prompt_ids,
+    train_tokenizer,
+)
 
 TEXTS = ["Ben found a kite near the river. He was happy.", "Ann lost the fox. She was sad."] * 40
 CHAT = [{"role": "user", "content": "Write a story."}, {"role": "assistant", "content": "Ben found a kite."}]
@@ -71,3 +80,56 @@ def test_refusals(tokenizer: PreTrainedTokenizerFast, tmp_path) -> None:
     config.write_text(config.read_text().replace('"pad_token": "<|pad|>"', '"pad_token": "<|endoftext|>"'))
     # <|pad|> is in the vocabulary: a token of its own is found for padding
     assert load_tokenizer(str(tmp_path)).pad_token_id == 0
+
+
+LINES = "First Citizen:\n  Speak, speak.\r\n\n\tné 日🙂 e\u0301\x00 <|>Writeasoynd"
+
+
+@pytest.fixture(scope="module")
+def letters() -> PreTrainedTokenizerFast:
+    return character_tokenizer([LINES, ""])
+
+
+def test_every_character_is_one_token_in_order_of_its_code(letters: PreTrainedTokenizerFast) -> None:
+    alphabet = sorted(set(LINES))
+    assert len(letters) == 6 + len(alphabet)
+    assert letters.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == [0, 1, 2, 3, 4, 5]
+    assert character_tokenizer(["ba\n a"])("\n ab")["input_ids"] == [6, 7, 8, 9]
+    assert letters(LINES)["input_ids"] == [6 + alphabet.index(c) for c in LINES]
+
+
+def test_characters_come_back_exactly_also_when_opened_again(letters: PreTrainedTokenizerFast, tmp_path) -> None:
+    letters.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.is_fast and again.chat_template == letters.chat_template and again.unk_token is None
+    rng = random.Random(0)
+    texts = ["", " ", "\n", "\r\n\r", "  .", LINES, *("".join(rng.choices(LINES, k=30)) for _ in range(50))]
+    for text in texts:
+        ids = again(text)["input_ids"]
+        assert ids == letters(text)["input_ids"] and len(ids) == len(text)
+        assert again.decode(ids) == text and again.batch_decode([ids], skip_special_tokens=True) == [text]
+    spelt = "k<|end|>"  # in a document they are characters like any other, in a chat one token
+    assert encode(again, [spelt], split_special_tokens=True)[0] == letters.convert_tokens_to_ids(list("k<|end|>"))
+    assert again(spelt)["input_ids"][1:] == [5]
+
+
+def test_a_character_without_an_entry_is_named(letters: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match=r"no entry for \('Q' 'ß'\).*algorithm: bpe"):
+        prompt_ids(letters, ["k", "ßQk"])
+    with pytest.raises(UserError, match=r"no entry for \('Q'\)"):
+        prompt_ids(character_tokenizer(["abc"]), [[{"role": "user", "content": "aQ"}]])
+    with pytest.raises(UserError, match=r"no entry for \('<' '>' '\|'\)"):
+        encode(character_tokenizer(["end"]), ["<|end|>"], split_special_tokens=True)
+    with pytest.raises(UserError, match=r"\('A' .* 'K' 'L' …\)"):
+        encode(letters, ["ABCDEFGHIJKLM".replace("C", "").replace("F", "")])
+    with pytest.raises(TypeError):
+        encode(letters, ["k"], unknown_option=object())
+
+
+def test_a_chat_of_characters(letters: PreTrainedTokenizerFast) -> None:
+    chat = [{"role": "user", "content": "Write a\nsay."}, {"role": "assistant", "content": "Speak:"}]
+    (prompt,) = prompt_ids(letters, [chat[:1]])
+    assert prompt == [3, *letters("Write a\nsay.")["input_ids"], 5, 4]
+    out = letters.apply_chat_template(chat, return_assistant_tokens_mask=True, return_dict=True)
+    assert out["input_ids"] == [*prompt, *letters("Speak:")["input_ids"], 5]
+    assert [i for i, m in zip(out["input_ids"], out["assistant_masks"], strict=True) if m] == out["input_ids"][-7:]
