@@ -6,7 +6,12 @@ SEED   ?= 0
 # One folder a preset and seed; RUN=runs/anything keeps a trial of your own apart.
 RUN    ?= runs/$(PRESET)$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 ARGS   ?=
-MODEL  ?= $(RUN)/ppo
+# TEXT=my.txt trains tokenizer and GPT on a text of your own; the run remembers it, so that later stages keep it.
+ifneq ($(origin TEXT),command line)
+TEXT   := $(shell cat $(RUN)/.settings/text 2>/dev/null)
+else ifeq ($(shell test -e '$(TEXT)' && echo there),)
+$(error TEXT=$(TEXT): there is no such file or folder)
+endif
 # LAUNCH="accelerate launch --config_file configs/accelerate/cpu-2.yaml -m" runs the stages on several processes.
 LAUNCH ?= python -m
 
@@ -16,7 +21,10 @@ BIN    := $(VENV)/bin
 PYTHON ?= python3
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-STAGES := tokenizer pretrain sft preferences reward ppo evaluate report
+CHAIN  := tokenizer pretrain sft preferences reward ppo evaluate report
+# Those that the preset has a file for: `shakespeare` ends with pretraining.
+STAGES := $(foreach stage,$(CHAIN),$(if $(wildcard configs/$(PRESET)/$(stage).yaml),$(stage)))
+MODEL  ?= $(RUN)/$(lastword $(filter pretrain sft ppo,$(STAGES)))
 ifeq ($(wildcard configs/$(PRESET)),)
 $(error PRESET=$(PRESET) is none of: $(filter-out accelerate,$(notdir $(wildcard configs/*))))
 endif
@@ -27,9 +35,13 @@ endif
 
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
-.PHONY: all $(STAGES) chat setup smoke test lint bench bench-train bench-sample bench-ppo clean help
+.PHONY: all $(CHAIN) chat setup smoke test lint bench bench-train bench-sample bench-ppo bench-shakespeare clean help
 
-all: report ## the whole chain, then a table, samples and the report (default)
+all: $(lastword $(STAGES)) ## the whole chain, then a table, samples and the report (default)
+	@$(if $(filter report,$(STAGES)),,echo "PRESET=$(PRESET) ends here: it is pretraining only. \`make chat PRESET=$(PRESET)\` writes on from your words")
+
+$(filter-out $(STAGES),$(CHAIN)):
+	@echo "error: PRESET=$(PRESET) has no stage $@; it ends with $(lastword $(STAGES))" >&2; exit 2
 
 # A stage's stamp holds its settings; it changes only when they do, and only for stages named on the command line, so
 # that `make sft ARGS=… && make ppo` keeps that sft. (`+`: compared under `make -n` too, or it would list every stage.)
@@ -43,22 +55,27 @@ $(RUN)/.settings/%: FORCE
 
 # A data set that is a file or folder of the user's is an input too.
 files_of = $(wildcard $(shell sed -n 's/^dataset: *\([^ #]*\).*/\1/p' configs/$(PRESET)/$(1).yaml 2>/dev/null))
+text_for = $(if $(TEXT),$(filter tokenizer pretrain,$(1)))
+inputs_of = $(if $(text_for),$(wildcard $(TEXT)) $(RUN)/.settings/text,$(files_of)) $(RUN)/.settings/$(1)
+$(RUN)/.settings/text: FORCE
+	+@mkdir -p $(@D) && echo '$(TEXT)' | cmp -s - $@ || echo '$(TEXT)' > $@
 
 define stage
 $(1): $(RUN)/$(1)/stage.json
-$(RUN)/$(1)/stage.json: $(2:%=$(RUN)/%/stage.json) configs/$(PRESET)/$(1).yaml $(call files_of,$(1)) $(RUN)/.settings/$(1) | $(READY)
-	@$$(LAUNCH) stages.$(1) --config configs/$(PRESET)/$(1).yaml --run_dir $(RUN) --seed $(SEED) $$(if $$(filter $(1),$$(NAMED)),$$(ARGS))
+$(RUN)/$(1)/stage.json: $(2:%=$(RUN)/%/stage.json) configs/$(PRESET)/$(1).yaml $(inputs_of) | $(READY)
+	@$$(LAUNCH) stages.$(1) --config configs/$(PRESET)/$(1).yaml --run_dir $(RUN) --seed $(SEED) $(if $(text_for),--dataset '$(TEXT)') $$(if $$(filter $(1),$$(NAMED)),$$(ARGS))
 endef
-$(eval $(call stage,tokenizer,))
-$(eval $(call stage,pretrain,tokenizer))
-$(eval $(call stage,sft,pretrain))
-$(eval $(call stage,preferences,sft))
-$(eval $(call stage,reward,preferences sft))
-$(eval $(call stage,ppo,reward sft))
-$(eval $(call stage,evaluate,ppo reward sft pretrain))
-$(eval $(call stage,report,evaluate))
+rule = $(if $(filter $(1),$(STAGES)),$(eval $(stage)))
+$(call rule,tokenizer,)
+$(call rule,pretrain,tokenizer)
+$(call rule,sft,pretrain)
+$(call rule,preferences,sft)
+$(call rule,reward,preferences sft)
+$(call rule,ppo,reward sft)
+$(call rule,evaluate,ppo reward sft pretrain)
+$(call rule,report,evaluate)
 
-tokenizer: ## train the byte-level BPE tokenizer
+tokenizer: ## train the tokenizer
 pretrain: ## pretrain the GPT from random weights
 sft: ## supervised fine-tuning on instructions
 preferences: ## sample pairs of answers and label them
@@ -99,10 +116,12 @@ bench-sample: | $(READY) ## sampling speed against transformers' generate
 	@python -m benchmarks.sample $(ARGS)
 bench-ppo: | $(READY) ## PPO speed against TRL 1.12's PPOTrainer
 	@python -m benchmarks.ppo $(ARGS)
+bench-shakespeare: | $(READY) ## loss of PRESET=shakespeare in the time of nanoGPT's CPU recipe (TEXT=file)
+	@python -m benchmarks.nanogpt $(if $(TEXT),--text '$(TEXT)') $(ARGS)
 
 clean: ## remove the run of this PRESET and SEED (never the others)
 	rm -rf $(RUN)
 
 help: ## this list
-	@echo "make [target] [PRESET=stories|reviews|smoke] [SEED=0] [RUN=runs/name] [ARGS='--field value']"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo "make [target] [PRESET=stories|reviews|shakespeare|smoke] [SEED=0] [TEXT=my.txt] [RUN=runs/name] [ARGS='--field value']"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
