@@ -59,8 +59,10 @@ class TrainingFields(StageArguments):
     """Peak learning rate of AdamW."""
     muon_learning_rate: float = 0.02
     """Peak learning rate of the matrices that Muon has; only with optimizer muon."""
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
-    """Course of the learning rate after the warm-up; cosine and linear end at 0."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup", "warmup_stable_decay"] = "cosine"
+    """Course of the learning rate after the warm-up; all but the constant ones end at 0."""
+    decay_share: float = 0.2
+    """Share of max_steps, at the end, over which warmup_stable_decay falls as 1 − √progress (arXiv 2405.18392)."""
     warmup_steps: int = 50
     """Steps over which the learning rate rises from 0."""
     weight_decay: float = 0.1
@@ -110,12 +112,18 @@ class PretrainArguments(TrainingFields):
     """Folder (or hub name) of the tokenizer."""
     model_name_or_path: str | None = None
     """Model whose weights to go on from; none: random weights of the shape below."""
-    max_bytes: int = 12_000_000
-    """Bytes of training text to read or generate."""
-    validation_bytes: int = 200_000
-    """Bytes of held-out text for val_loss and val_bpb."""
+    text_column: str = "text"
+    """Column of the data set that holds the documents."""
+    streaming: bool = False
+    """Read and pack the corpus while training, for one too large for memory (a .json list is still read whole)."""
+    shuffle_buffer_size: int = 10_000
+    """Documents among which a stream draws the next one; only with streaming, else all of them are shuffled."""
+    max_bytes: int | None = 12_000_000
+    """Bytes of training text to read or generate; none: all there is."""
+    validation_bytes: int | None = 200_000
+    """Bytes of held-out text for val_loss and val_bpb; none: all of the validation split."""
     block_size: int = 128
-    """Tokens in a training row; documents are packed into rows without padding."""
+    """Tokens in a training row; documents are packed into rows without padding, each token is predicted once."""
     max_position_embeddings: int = 256
     """Longest sequence the model will ever take: prompt and answer together."""
     hidden_size: int = 192
@@ -130,6 +138,8 @@ class PretrainArguments(TrainingFields):
     """Width of one head."""
     intermediate_size: int = 512
     """Width of the SwiGLU MLP."""
+    torch_compile: bool = False
+    """Compile the model (a minute or so, faster steps after it); where no compiler works, that is said and not done."""
 
 
 @dataclass

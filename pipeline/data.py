@@ -1,34 +1,38 @@
-"""Every data set of the chain, from one field `dataset`, in TRL's formats; and the packing of text into blocks.
+"""Every data set of the chain, from one field `dataset`, in TRL's formats.
 
 `dataset` is a generator's name ("stories", "reviews"), a file or folder (.txt, .jsonl, .json, .csv, each also .gz, or
 .parquet), or a hub name ("owner/name" or "owner/name:config"). What the rows may look like: reward_data/README.md.
 
 Splits. A generator has its own. In a folder or on the hub, files or splits named train, validation (or dev, eval),
 test, preferences or ppo are taken at their word, and one of validation and test stands in for the other. Otherwise the
-prompts with the smallest hashes become test (5 %) and validation (5 %), whatever the seed, so that no prompt is on both
-sides in any run; train, preferences and ppo are then names for the same remainder. The seed orders the rows.
+prompts or documents with the smallest hashes become test (5 %) and validation (5 %), whatever the seed, so that none is
+on both sides in any run; train, preferences and ppo are then names for the same remainder. In memory the hashes are
+ranked, so that the shares are exact; a stream, of which nobody knows the end, holds out the lowest 5 and 10 % of the
+range of the hashes: the same documents, but for the few at the limits. The seed orders the rows.
 """
 
 import hashlib
 import importlib
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+import sys
+from collections.abc import Callable, Container, Iterable, Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import UserError
-from pipeline.sources import END_OF_TEXT, GENERATORS, Row, Source, Split, choose, find_sources, one_line
+from pipeline.sources import GENERATORS, Row, Source, Split, choose, find_sources, one_line
 from reward_data import formats
 
 ENDLESS = {"stories"}  # generators that need a size
 HELD_OUT = 0.05  # of the prompts or documents, for test and for validation each
 HELD_OUT_TAIL = 0.1  # of one long text: the usual 90/10 split of tiny Shakespeare
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell one out, UTF-8 cannot
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -38,28 +42,106 @@ log = logging.getLogger(__name__)
 
 
 def load_texts(
-    dataset: str, *, split: Split, seed: int = 0, max_bytes: int | None = None, text_column: str = "text"
-) -> list[str]:
+    dataset: str, *, split: Split, seed: int = 0, max_bytes: int | None = None, text_column: str = "text",
+    without: Container[bytes] = (), streaming: bool = False,
+) -> list[str]:  # fmt: skip
     """Documents to pretrain on, without duplicates, in an order set by `seed`, up to `max_bytes` of UTF-8.
 
     A .txt file holds documents separated by `<|endoftext|>`; without that mark it is one document, kept whole. A single
-    long text is split at 90 % of its characters into train and validation. Raises UserError.
+    long text is split at 90 % of its characters into train and validation. Documents that differ in case and spacing
+    alone are duplicates; those whose `document_key` is in `without` are left out. With `streaming`, documents are those
+    of TextStream, in the corpus's order, and no more is read than `max_bytes` needs. Raises UserError.
     """
+    if streaming:
+        documents = list(TextStream(dataset, split=split, seed=seed, max_bytes=max_bytes,
+                                    text_column=text_column, without=without).one_pass())  # fmt: skip
+        if not documents:
+            raise _no_text(dataset, split)
+        return documents
     if dataset in GENERATORS:
-        documents = list(_generate(dataset, "corpus", seed=seed, max_bytes=max_bytes, split=split))
+        named, found = True, _generate(dataset, "corpus", seed=seed, max_bytes=max_bytes, split=split)
     else:
-        named, found = choose(find_sources(dataset), split, "texts")
-        documents = list(dict.fromkeys(_documents(dataset, found, text_column)))
-        if not named and len(documents) == 1:
-            cut = int(len(documents[0]) * (1 - HELD_OUT_TAIL))
-            documents = [documents[0][:cut] if _training(split) else documents[0][cut:]]
-        elif not named:
-            documents = _part(documents, split, str)
+        named, sources = choose(find_sources(dataset), split, "texts")
+        found = _documents(dataset, sources, text_column)
+    by_key: dict[bytes, str] = {}
+    count = 0
+    for count, text in enumerate(found, start=1):  # noqa: B007
+        by_key.setdefault(document_key(text), text)
+    if count > len(by_key):
+        _say_once(f"{dataset}: {count - len(by_key):,} of {count:,} documents are duplicates and were dropped")
+    keys = list(by_key)
+    if not named and len(keys) == 1:
+        text = by_key[keys[0]]
+        cut = int(len(text) * (1 - HELD_OUT_TAIL))
+        documents = [text[:cut] if _training(split) else text[cut:]]
+    else:
+        chosen = keys if named else _part(keys, split, lambda key: key)
+        documents = [by_key[key] for key in chosen if key not in without]
+    if dataset not in GENERATORS:
         random.Random(seed).shuffle(documents)
     documents = list(_up_to(documents, max_bytes))
     if not documents:
-        raise UserError(f"dataset: {dataset} has no text for the split '{split}'")
+        raise _no_text(dataset, split)
     return documents
+
+
+def _no_text(dataset: str, split: Split) -> UserError:
+    return UserError(f"dataset: {dataset} has no text for the split '{split}'")
+
+
+class TextStream:
+    """The documents that load_texts would give, read anew in each pass, for a corpus that is too large for memory.
+
+    Iterating goes over the corpus pass after pass, without end. In memory are `buffer_size` documents, of which the
+    next one is drawn at random (set by `seed` and the pass), and 8 bytes for each document of the pass, to know
+    duplicates by. Raises UserError.
+    """
+
+    def __init__(
+        self, dataset: str, *, split: Split, seed: int = 0, max_bytes: int | None = None, text_column: str = "text",
+        without: Container[bytes] = (), buffer_size: int = 10_000,
+    ) -> None:  # fmt: skip
+        self.dataset, self.split, self.seed, self.max_bytes = dataset, split, seed, max_bytes
+        self.text_column, self.without, self.buffer_size = text_column, without, buffer_size
+        self.documents = self.duplicates = 0
+        """Read, and of these dropped, since the iteration began."""
+        self.named, self.sources = True, []
+        if dataset not in GENERATORS:
+            self.named, self.sources = choose(find_sources(dataset, streaming=True), split, "texts")
+
+    def __iter__(self) -> Iterator[str]:
+        self.documents = self.duplicates = 0
+        number = 0
+        while True:
+            empty = True
+            for text in _shuffled(self.one_pass(), random.Random(f"{self.seed} {number}"), self.buffer_size):
+                empty = False
+                yield text
+            if empty:
+                raise _no_text(self.dataset, self.split)
+            number += 1
+
+    def one_pass(self) -> Iterator[str]:
+        """The documents of the split once, in the order of the corpus, up to `max_bytes`."""
+        return _up_to(self._unique(), self.max_bytes)
+
+    def _unique(self) -> Iterator[str]:
+        if self.dataset in GENERATORS:
+            size = sys.maxsize if self.max_bytes is None and self.dataset in ENDLESS else self.max_bytes
+            found = _generate(self.dataset, "corpus", seed=self.seed, max_bytes=size, split=self.split)
+        else:
+            found = _documents(self.dataset, self.sources, self.text_column)
+        side = "train" if _training(self.split) else self.split
+        seen = SeenKeys()
+        for text in found:
+            key = document_key(text)
+            if not self.named and _side(key) != side:
+                continue
+            self.documents += 1
+            if not seen.add(key):
+                self.duplicates += 1
+            elif key not in self.without:
+                yield text
 
 
 def load_instructions(dataset: str, *, split: Split, seed: int = 0, size: int | None = None) -> Dataset:
@@ -87,7 +169,7 @@ def _load(kind: formats.Kind, dataset: str, split: Split, seed: int, size: int |
         named, found = choose(find_sources(dataset), split, kind)
         rows = _adapted(dataset, found, kind)
         if not named:
-            rows = _part(rows, split, _prompt_key)
+            rows = _part(rows, split, lambda row: hashlib.blake2b(_prompt_key(row).encode()).digest())
         random.Random(seed).shuffle(rows)
     if not rows:
         raise UserError(f"dataset: {dataset} has no {kind} for the split '{split}'")
@@ -146,6 +228,8 @@ def _documents(dataset: str, sources: list[Source], column: str) -> Iterator[str
                 )
             if not isinstance(row[column], str):
                 raise UserError(f"dataset: {where}, row {number}: field '{column}' should be text")
+            if SURROGATE.search(row[column]):
+                raise UserError(f"dataset: {where}, row {number}: field '{column}' has half a character (a surrogate)")
             if row[column].strip():
                 yield row[column]
 
@@ -162,9 +246,9 @@ def _prompt_key(row: Row) -> str:
     return next((message["content"] for message in prompt if message["role"] == "user"), formats.text_of(prompt))
 
 
-def _part(rows: list[T], split: Split, key: Callable[[T], str]) -> list[T]:
-    """The rows of `split`: by rank of the hash of their keys, at least one key in each split."""
-    ranked = sorted({key(row) for row in rows}, key=lambda text: hashlib.blake2b(text.encode()).digest())
+def _part(rows: list[T], split: Split, key: Callable[[T], bytes]) -> list[T]:
+    """The rows of `split`: by rank of their keys, which are hashes, at least one key in each split."""
+    ranked = sorted({key(row) for row in rows})
     if len(ranked) < 3:
         if _training(split):
             return rows
@@ -174,6 +258,51 @@ def _part(rows: list[T], split: Split, key: Callable[[T], str]) -> list[T]:
     if split in held_out:
         return [row for row in rows if key(row) in held_out[split]]
     return [row for row in rows if key(row) not in held_out["test"] | held_out["validation"]]
+
+
+def _side(key: bytes) -> Split:
+    """The split of a document of a stream, by the value of its key."""
+    share = int.from_bytes(key, "big") / 2**64
+    return "test" if share < HELD_OUT else "validation" if share < 2 * HELD_OUT else "train"
+
+
+def document_key(text: str) -> bytes:
+    """A hash of 8 bytes that tells documents apart, though not by case and spacing."""
+    return hashlib.blake2b(" ".join(text.lower().split()).encode(), digest_size=8).digest()
+
+
+class SeenKeys:
+    """A set of keys of 8 bytes that takes 8 bytes a key: a sorted array, and the latest ones in a set beside it."""
+
+    def __init__(self, merge_at: int = 100_000) -> None:
+        self.merge_at = merge_at
+        self.sorted, self.latest = np.zeros(0, dtype=np.uint64), set()
+
+    def add(self, key: bytes) -> bool:
+        """Whether the key is new; it is not any more."""
+        number = int.from_bytes(key, "big")
+        place = int(np.searchsorted(self.sorted, np.uint64(number)))
+        if number in self.latest or (place < len(self.sorted) and int(self.sorted[place]) == number):
+            return False
+        self.latest.add(number)
+        if len(self.latest) >= self.merge_at + len(self.sorted) // 16:
+            self.sorted = np.sort(np.concatenate([self.sorted, np.fromiter(self.latest, np.uint64)]))
+            self.latest = set()
+        return True
+
+
+def _shuffled(documents: Iterable[str], rng: random.Random, buffer_size: int) -> Iterator[str]:
+    """Draw each next one at random among `buffer_size`, which the following ones fill up."""
+    buffer: list[str] = []
+    for document in documents:
+        if len(buffer) < buffer_size:
+            buffer.append(document)
+            continue
+        place = rng.randrange(buffer_size)
+        yield buffer[place]
+        buffer[place] = document
+    rng.shuffle(buffer)
+    yield from buffer
 
 
 def _up_to(documents: Iterable[str], max_bytes: int | None) -> Iterator[str]:
@@ -189,72 +318,3 @@ def _up_to(documents: Iterable[str], max_bytes: int | None) -> Iterator[str]:
             yield document
         if left is not None and left <= 0:
             return
-
-
-# ---- packing --------------------------------------------------------------------------------------------------------
-
-
-class Packed(NamedTuple):
-    """Text as blocks of tokens."""
-
-    blocks: Dataset
-    """Column input_ids: lists of exactly block_size int32 ids."""
-    tokens: int
-    """Tokens in the blocks, the ends of documents included."""
-    bytes: int
-    """UTF-8 bytes of text in the blocks; the end of a document counts none. Bits per byte of a mean loss in nats:
-    loss / ln 2 * tokens / bytes."""
-    leftover: int
-    """Tokens at the end that filled no block."""
-    largest_id: int
-
-
-def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, block_size: int) -> Packed:
-    """All documents, each ended by `<|endoftext|>`, laid end to end and cut into blocks of `block_size` tokens.
-
-    Nothing is padded or lost but the `leftover` tokens after the last whole block. Special tokens that happen to be
-    spelt out in a document are taken as ordinary characters. Raises UserError if not even one block is filled.
-    """
-    end = document_end(tokenizer)
-    parts: list[np.ndarray] = []
-    for start in range(0, len(texts), 1000):
-        batch = list(texts[start : start + 1000])
-        encoded = tokenizer(
-            batch, add_special_tokens=False, return_attention_mask=False, split_special_tokens=True, verbose=False
-        )
-        parts += [np.asarray([*ids, end], dtype=np.int32) for ids in encoded["input_ids"]]
-    ids = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
-    count = len(ids) // block_size
-    if count == 0:
-        raise UserError(f"the text is too short: its {len(ids)} tokens do not fill one block of {block_size}")
-    kept, rest = ids[: count * block_size], ids[count * block_size :]
-    total = sum(len(text.encode()) for text in texts)
-    column = pa.FixedSizeListArray.from_arrays(pa.array(kept), block_size).cast(pa.list_(pa.int32()))
-    blocks = Dataset(pa.table({"input_ids": column}))
-    return Packed(blocks, len(kept), total - _bytes_of(rest[rest != end], tokenizer), len(rest), int(kept.max()))
-
-
-def document_end(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that ends a document: `<|endoftext|>` where the tokenizer knows it, else its end token."""
-    end = tokenizer.get_vocab().get(END_OF_TEXT, tokenizer.eos_token_id)
-    if end is None:
-        raise UserError(f"the tokenizer {tokenizer.name_or_path} has no token that ends a document")
-    return end
-
-
-def check_vocabulary(packed: Packed, vocab_size: int) -> None:
-    """Raises UserError if the blocks hold an id that a model of `vocab_size` embeddings does not have."""
-    if packed.largest_id >= vocab_size:
-        raise UserError(
-            f"the text has the token id {packed.largest_id}, but the model's vocabulary has {vocab_size} entries; "
-            "use the tokenizer that the model was trained with"
-        )
-
-
-def _bytes_of(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> int:
-    """UTF-8 bytes that tokens stand for. In a byte-level vocabulary every character of an entry is one byte, which is
-    exact where a cut has split a character; other tokenizers decode."""
-    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
-    if type(decoder).__name__ == "ByteLevel":
-        return sum(len(token) for token in tokenizer.convert_ids_to_tokens(ids.tolist()))
-    return len(tokenizer.decode(ids.tolist()).encode())

@@ -1,7 +1,7 @@
 """How much of the machine is used: the operations a model needs, over the most that the machine can do.
 
-Model FLOPs utilisation (MFU, PaLM, arXiv 2204.02311, appendix B) = tokens/s · FLOPs a token / peak FLOP/s. The peak here
-is measured, not taken from a data sheet: the fastest matrix product in the precision of the training.
+Model FLOPs utilisation (MFU; PaLM, arXiv 2204.02311, appendix B) = tokens/s · FLOPs a token / peak FLOP/s. The peak is
+measured here, not taken from a data sheet: the fastest matrix product in the precision of the training.
 """
 
 import time

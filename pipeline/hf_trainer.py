@@ -1,7 +1,8 @@
 """What the three Trainer-based stages (pretrain, sft, reward) share: arguments, callback, exact resume, saving."""
 
-import math
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,18 +14,20 @@ from transformers import TrainingArguments as HFTrainingArguments
 from pipeline.arguments import TrainingFields
 from pipeline.checkpoint import seal
 from pipeline.errors import UserError
+from pipeline.nan_guard import NanGuard
 from pipeline.optim import MuonFactory
 from pipeline.runtime import Stage, use_bf16
 
 
 def training_kwargs(args: TrainingFields, stage: Stage) -> dict[str, Any]:
-    """Keyword arguments of TrainingArguments, and so of TRL's SFTConfig and RewardConfig."""
+    """Keyword arguments of TrainingArguments, and so of TRL's SFTConfig and RewardConfig. Raises UserError."""
     on_cpu = not torch.cuda.is_available()
     same = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
             "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta2", "max_grad_norm",
             "gradient_checkpointing", "logging_steps", "eval_steps", "save_steps", "seed")  # fmt: skip
     return {
         **{name: getattr(args, name) for name in same},
+        "lr_scheduler_kwargs": schedule_kwargs(args),
         "output_dir": str(stage.checkpoints),
         "data_seed": args.seed,
         "per_device_eval_batch_size": 2 * args.per_device_train_batch_size,
@@ -41,6 +44,19 @@ def training_kwargs(args: TrainingFields, stage: Stage) -> dict[str, Any]:
     }
 
 
+def schedule_kwargs(args: TrainingFields) -> dict[str, Any] | None:
+    """What warmup_stable_decay needs to know beside the warm-up; None for the other schedules. Raises UserError."""
+    if args.lr_scheduler_type != "warmup_stable_decay":
+        return None
+    steps = round(args.decay_share * args.max_steps)
+    if not 0 < steps <= args.max_steps - args.warmup_steps:
+        raise UserError(
+            f"decay_share: {args.decay_share} of {args.max_steps} steps are {steps}; give a share of at least one step "
+            f"that leaves room for the {args.warmup_steps} of the warm-up"
+        )
+    return {"num_decay_steps": steps, "decay_type": "1-sqrt"}
+
+
 def optimizer_kwargs(args: TrainingFields) -> tuple[type, dict[str, float]] | None:
     """The Trainer's `optimizer_cls_and_kwargs`; None is its own AdamW, set by training_kwargs."""
     if args.optimizer == "adamw":
@@ -49,25 +65,49 @@ def optimizer_kwargs(args: TrainingFields) -> tuple[type, dict[str, float]] | No
     return MuonFactory, {name: getattr(args, name) for name in names}
 
 
+def why_not_compile() -> str | None:
+    """Why torch.compile does not work here (no C++ compiler, no Triton, …), by trying it; None if it does."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # whatever is missing, training goes on without
+        return " ".join(str(error).split(": ", 1)[-1].splitlines()[:1])[:200]
+    return None
+
+
 class StageCallback(TrainerCallback):
-    """Progress bar, metrics.jsonl, sealed checkpoints, and a stop on a loss that is no number."""
+    """Progress bar, metrics.jsonl, sealed checkpoints.
+
+    `tokens_per_step` over all processes gives tokens_per_s, and with `peak_tokens_per_s`, the speed at which the model
+    would use all of the machine, mfu. `translate` renames or adds to what the Trainer logs.
+    """
 
     def __init__(self, stage: Stage, tokens_per_step: float | None = None,
-                 translate: Callable[[dict], dict] = lambda row: row) -> None:  # fmt: skip
+                 translate: Callable[[dict], dict] = lambda row: row,
+                 peak_tokens_per_s: float | None = None) -> None:  # fmt: skip
         self.stage, self.tokens_per_step, self.translate = stage, tokens_per_step, translate
+        self.peak_tokens_per_s = peak_tokens_per_s
         self.speeds: list[float] = []
         self.last_evaluated = -1
         self.clock, self.clock_step, self.paused = time.perf_counter(), 0, 0.0
+        self.began, self.first_step = self.clock, 0
 
     @property
     def tokens_per_second(self) -> float | None:
         """Median speed over the logged intervals, evaluations and checkpoints apart."""
         return round(statistics.median(self.speeds)) if self.speeds else None
 
+    @property
+    def mfu(self) -> float | None:
+        """Median share of the peak."""
+        speed, peak = self.tokens_per_second, self.peak_tokens_per_s
+        return round(speed / peak, 4) if speed and peak else None
+
     def on_train_begin(self, args: HFTrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar = self.stage.progress(state.max_steps, self.stage.name, done=state.global_step)
         self.advance = self.bar.__enter__()
         self.clock, self.clock_step, self.paused = time.perf_counter(), state.global_step, 0.0
+        self.began, self.first_step = self.clock, state.global_step
 
     def on_step_end(self, args: HFTrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.advance(1)
@@ -80,23 +120,27 @@ class StageCallback(TrainerCallback):
     ) -> None:
         skip = ("runtime", "per_second", "epoch", "total_flos", "train_loss", "entropy", "num_", "preparation")
         row = self.translate({k: v for k, v in logs.items() if not any(s in k for s in skip)})
-        loss = logs.get("loss", 0.0)
-        if not math.isfinite(loss) or not math.isfinite(logs.get("grad_norm", 0.0)):
-            raise UserError(
-                f"{self.stage.name}: the loss or its gradient is not a number at step {state.global_step}; lower "
-                f"learning_rate (checkpoints before it are kept in {self.stage.checkpoints})"
-            )
         if "loss" in logs:
-            seconds = time.perf_counter() - self.clock - self.paused
-            if self.tokens_per_step and state.global_step > self.clock_step:
-                self.speeds.append((state.global_step - self.clock_step) * self.tokens_per_step / seconds)
-                row["tokens_per_s"] = round(self.speeds[-1])
-            self.clock, self.clock_step, self.paused = time.perf_counter(), state.global_step, 0.0
+            row |= self._speed(state)
         # The evaluation after training stands in the log already where the last step was evaluated too.
         if row and not (self.last_evaluated == state.global_step and "loss" not in logs):
             self.stage.log({"step": state.global_step, **row})
         if "eval_loss" in logs:
             self.last_evaluated = state.global_step
+
+    def _speed(self, state: TrainerState) -> dict[str, float]:
+        """Speed since the last line, memory, and the time left at the pace so far, evaluations included."""
+        now, figures = time.perf_counter(), {}
+        if self.tokens_per_step and state.global_step > self.clock_step:
+            seconds = now - self.clock - self.paused
+            self.speeds.append((state.global_step - self.clock_step) * self.tokens_per_step / seconds)
+            figures["tokens_per_s"] = round(self.speeds[-1])
+            if self.peak_tokens_per_s:
+                figures["mfu"] = round(self.speeds[-1] / self.peak_tokens_per_s, 4)
+        self.clock, self.clock_step, self.paused = now, state.global_step, 0.0
+        pace = (now - self.began) / max(1, state.global_step - self.first_step)
+        left = pace * (state.max_steps - state.global_step)
+        return {**figures, "memory_mb": peak_memory_mb(), "seconds_left": round(left, 1)}
 
     def on_evaluate(self, args: HFTrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict,
                     **_: Any) -> None:  # fmt: skip
@@ -107,15 +151,27 @@ class StageCallback(TrainerCallback):
             seal(self.stage.checkpoints / f"checkpoint-{state.global_step}")
 
 
+def peak_memory_mb() -> int:
+    """The most memory so far: of the GPU what tensors took, without one what this process took."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() // 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20
+
+
 def attach(trainer: Trainer, callback: StageCallback) -> None:
-    """Let our callback show what the Trainer would print."""
+    """Let our callback show what the Trainer would print, and stop at the first number that is none."""
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(callback)
+    trainer.add_callback(NanGuard(trainer, callback.stage))
 
 
 def train(trainer: Trainer, stage: Stage) -> None:
     """Train to the end, from the stage's checkpoint where there is one."""
-    trainer.train(resume_from_checkpoint=str(stage.resume_from) if stage.resume_from else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(stage.resume_from) if stage.resume_from else None)
+    finally:
+        stage.end_progress()  # an error's sentence should not stand in the middle of a bar
 
 
 def save_model(trainer: Trainer, stage: Stage) -> None:

@@ -43,6 +43,8 @@ console = Console(highlight=False)
 # Fields that change what is shown or kept but not what is computed: a run goes on from its checkpoint all the same.
 COSMETIC_FIELDS = {"logging_steps", "save_steps", "run_dir", "output_dir", "preset"}
 MIN_FREE_BYTES = 300_000_000
+UNITS = {"grad_norm": "grad {:.3g}", "tokens_per_s": "{:,.0f} tok/s", "mfu": "{:.0%} of peak", "memory_mb": "{:,} MB"}
+UNSHOWN = {"learning_rate"}  # the file has it; it follows from the step
 
 
 def run(main: Callable[[ArgumentsT], None], kind: type[ArgumentsT]) -> None:
@@ -205,8 +207,7 @@ class Stage:
         with self._metrics_file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
         named = {k: v for k, v in metrics.items() if self.shown is None or k in self.shown}
-        shown = [f"{k} {_short(v)}" for k, v in named.items() if isinstance(v, int | float)]
-        self.say("  ".join(shown))
+        self.say("  ".join(_shown(k, v) for k, v in named.items() if isinstance(v, int | float) and k not in UNSHOWN))
 
     def logged(self, step: int, name: str) -> float | None:
         """A figure that was logged at `step`, before a resume or after; main process only."""
@@ -230,6 +231,11 @@ class Stage:
                 yield lambda n=1, text="": bar.update(task, advance=n, text=text)
             finally:
                 self._progress = None
+
+    def end_progress(self) -> None:
+        """Take the bar off the terminal, if there still is one."""
+        if self._progress:
+            self._progress.stop()
 
     # --- the record -----------------------------------------------------------------------------------------------
 
@@ -256,6 +262,15 @@ class Stage:
         write_json(self.output_dir / "stage.json", record)
         shown = "  ".join(f"{k} {_short(v)}" for k, v in metrics.items() if isinstance(v, int | float))
         self.say(f"done in {record['seconds']:.0f} s  {shown}  → {self.output_dir}")
+
+
+def _shown(name: str, value: float) -> str:
+    """A figure as the line of a step shows it: short, so that the line fits a terminal."""
+    if name == "seconds_left":
+        return f"{datetime.timedelta(seconds=round(value))} left".removeprefix("0:")
+    if name in UNITS:
+        return UNITS[name].format(value)
+    return f"{name} {_short(value)}"
 
 
 def _short(value: float) -> str:

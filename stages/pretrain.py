@@ -1,19 +1,34 @@
 """Pretrain a GPT from random weights: `python -m stages.pretrain --config configs/stories/pretrain.yaml`."""
 
 import math
-from functools import partial
+from itertools import islice
 
 import torch
 from transformers import Qwen3Config, Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from pipeline import data, runtime
 from pipeline.arguments import PretrainArguments
 from pipeline.bigram import BigramLanguageModel, bits_per_byte
 from pipeline.errors import UserError
+from pipeline.flops import flops_per_token, matmul_peak
 from pipeline.gpt import GPTForCausalLM
-from pipeline.hf_trainer import StageCallback, attach, optimizer_kwargs, save_model, train, training_kwargs
+from pipeline.hf_trainer import (
+    StageCallback,
+    attach,
+    optimizer_kwargs,
+    peak_memory_mb,
+    save_model,
+    train,
+    training_kwargs,
+    why_not_compile,
+)
 from pipeline.models import load_policy, parameter_count
+from pipeline.packing import Packed, StreamedRows, collate, held_out_nats, pack
 from pipeline.tokenizer import check_fits, load_tokenizer
+
+BIGRAM_VOCABULARY = 8192  # at most: the bigram's table is the square of it
+BIGRAM_ROWS = 20_000  # of a stream, to fit the bigram on
 
 
 def main(args: PretrainArguments) -> None:
@@ -21,44 +36,76 @@ def main(args: PretrainArguments) -> None:
     inputs = {"tokenizer": args.tokenizer_name_or_path, "model": args.model_name_or_path,
               "dataset": args.dataset}  # fmt: skip
     stage = runtime.Stage(args, "pretrain", inputs)
+    settings = {**training_kwargs(args, stage), "remove_unused_columns": False}  # the guard wants the rows' numbers
     tokenizer = load_tokenizer(args.tokenizer_name_or_path)
     model = build_model(args, tokenizer)
-    training = _pack(args, tokenizer, "train", args.max_bytes)
-    validation = _pack(args, tokenizer, "validation", args.validation_bytes)
-    rows, held_out = training.blocks, validation.blocks
-    # The mean loss of a token, over all tokens of the text and its bytes.
-    to_bpb = partial(bits_per_byte, tokens=validation.tokens, text_bytes=validation.bytes)
+    training, held_out = load(args, tokenizer)
+    reason = why_not_compile() if args.torch_compile else None
+    if reason:
+        stage.say(f"torch.compile does not work here ({reason}): training goes on without it")
+
+    def held_out_figures(loss: float) -> dict[str, float]:
+        return {"val_loss": loss, "val_bpb": bits_per_byte(loss, held_out.tokens, held_out.bytes),
+                "val_nats_per_char": loss * held_out.tokens / held_out.characters}  # fmt: skip
 
     def translate(row: dict) -> dict:
-        if "eval_loss" not in row:
-            return row
-        return {"val_loss": row["eval_loss"], "val_bpb": to_bpb(row["eval_loss"])}
+        if "eval_loss" in row:
+            return held_out_figures(row["eval_loss"])
+        if "loss" in row and training.bytes:  # of several processes, only the main one reads a stream
+            return {"loss": row["loss"], "bpb": bits_per_byte(row["loss"], training.tokens, training.bytes), **row}
+        return row
 
-    trainer = Trainer(
-        model=model, args=TrainingArguments(**training_kwargs(args, stage)), train_dataset=rows, eval_dataset=held_out,
-        data_collator=_collate, optimizer_cls_and_kwargs=optimizer_kwargs(args),
+    trainer = PretrainTrainer(
+        model=model, train_dataset=training if args.streaming else training.rows, eval_dataset=held_out.rows,
+        args=TrainingArguments(**settings, torch_compile=args.torch_compile and not reason),
+        data_collator=collate, processing_class=tokenizer, optimizer_cls_and_kwargs=optimizer_kwargs(args),
     )  # fmt: skip
-    tokens_per_step = _tokens_per_step(args, trainer.args.world_size)
-    callback = StageCallback(stage, tokens_per_step, translate)
-    stage.say(f"{parameter_count(model):,} parameters, {training.tokens:,} training tokens")
+    rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * trainer.args.world_size
+    tokens = rows_per_step * (args.block_size - 1) * args.max_steps
+    callback = StageCallback(stage, tokens / args.max_steps, translate, peak_tokens_per_s(args, trainer))
+    seen = "read as a stream" if args.streaming else f"each seen {tokens / training.tokens:.2g} times"
+    stage.say(f"{parameter_count(model):,} parameters, {tokens:,} training tokens, {seen}")
     attach(trainer, callback)
     train(trainer, stage)
 
     val_loss = trainer.evaluate()["eval_loss"]
     save_model(trainer, stage)
-    if stage.is_main:
-        tokenizer.save_pretrained(stage.output_dir)
-    bigram = BigramLanguageModel(len(tokenizer))
-    bigram.fit(rows.with_format("torch")["input_ids"][:])
     metrics = {
-        "val_loss": val_loss,
-        "val_bpb": to_bpb(val_loss),
-        "bigram_bpb": to_bpb(bigram.loss(held_out.with_format("torch")["input_ids"][:])),
-        "uniform_bpb": to_bpb(math.log(len(tokenizer))),
+        **held_out_figures(val_loss),
+        "bigram_bpb": bigram_bpb(training, held_out, len(tokenizer)) if stage.is_main else None,
+        "uniform_bpb": bits_per_byte(math.log(len(tokenizer)), held_out.tokens, held_out.bytes),
         "tokens_per_s": callback.tokens_per_second,
+        "mfu": callback.mfu,
+        "memory_mb": peak_memory_mb(),
         "parameters": parameter_count(model),
     }
-    stage.finish(metrics, tokens=int(args.max_steps * tokens_per_step))
+    stage.finish({name: figure for name, figure in metrics.items() if figure is not None}, tokens=tokens)
+
+
+class PretrainTrainer(Trainer):
+    """The Trainer with an exact held-out loss, which its own mean of batches is not."""
+
+    def evaluation_loop(self, *_: object, metric_key_prefix: str = "eval", **__: object) -> EvalLoopOutput:
+        """Mean nats of all predicted tokens of eval_dataset, over all processes."""
+        self.model.eval()
+        size, process, processes = self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size
+        sums = torch.tensor(held_out_nats(self.model, self.eval_dataset, size, process, processes), dtype=torch.float64)
+        nats, tokens = self.accelerator.reduce(sums.to(self.args.device)).tolist()
+        metrics = {f"{metric_key_prefix}_loss": nats / tokens}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
+
+
+def load(args: PretrainArguments, tokenizer: object) -> tuple[Packed | StreamedRows, Packed]:
+    """Training and held-out text in rows of tokens; no held-out document is in the training text."""
+    where = {"seed": args.seed, "text_column": args.text_column}
+    texts = data.load_texts(args.dataset, split="validation", max_bytes=args.validation_bytes,
+                            streaming=args.streaming, **where)  # fmt: skip
+    held_out = pack(texts, tokenizer, args.block_size)
+    where |= {"split": "train", "max_bytes": args.max_bytes, "without": {data.document_key(text) for text in texts}}
+    if args.streaming:
+        stream = data.TextStream(args.dataset, buffer_size=args.shuffle_buffer_size, **where)
+        return StreamedRows(stream, tokenizer, args.block_size), held_out
+    return pack(data.load_texts(args.dataset, **where), tokenizer, args.block_size), held_out
 
 
 def build_model(args: PretrainArguments, tokenizer: object) -> torch.nn.Module:
@@ -81,19 +128,25 @@ def build_model(args: PretrainArguments, tokenizer: object) -> torch.nn.Module:
     return GPTForCausalLM(config).train()
 
 
-def _pack(args: PretrainArguments, tokenizer: object, split: str, max_bytes: int) -> data.Packed:
-    texts = data.load_texts(args.dataset, split=split, seed=args.seed, max_bytes=max_bytes)
-    return data.pack(texts, tokenizer, args.block_size)
+def peak_tokens_per_s(args: PretrainArguments, trainer: Trainer) -> float | None:
+    """Tokens a second at which the model would use all that the machine can do; None for a model that is not ours."""
+    if not isinstance(trainer.model, GPTForCausalLM):
+        return None
+    peak = matmul_peak(trainer.args.device, torch.bfloat16 if trainer.args.bf16 else torch.float32)
+    return trainer.args.world_size * peak / flops_per_token(trainer.model.config, args.block_size)
 
 
-def _collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-    input_ids = torch.tensor([row["input_ids"] for row in rows])
-    return {"input_ids": input_ids, "labels": input_ids}
-
-
-def _tokens_per_step(args: PretrainArguments, world_size: int) -> int:
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
-    return rows * args.block_size
+def bigram_bpb(training: Packed | StreamedRows, held_out: Packed, vocab_size: int) -> float | None:
+    """Held-out bits per byte of the bigram model; None where its table would not fit."""
+    if vocab_size > BIGRAM_VOCABULARY:
+        return None
+    bigram = BigramLanguageModel(vocab_size)
+    if isinstance(training, StreamedRows):
+        bigram.fit(torch.tensor([row["input_ids"] for row in islice(training, BIGRAM_ROWS)]))
+    else:
+        bigram.fit(torch.from_numpy(training.ids).long()[None])
+    pairs = torch.from_numpy(held_out.ids).long().unfold(0, 2, 1)  # (tokens, 2)
+    return bits_per_byte(bigram.loss(pairs, batch_size=8192), held_out.tokens, held_out.bytes)
 
 
 if __name__ == "__main__":
