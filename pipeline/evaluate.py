@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.data import document_end
+from pipeline.packing import document_end
 from pipeline.rewards import text_of
 from pipeline.sampler import generate
 from pipeline.tokenizer import prompt_ids, stop_ids

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.errors import UserError
 from pipeline.gpt import IGNORED, GPTForCausalLM
 from pipeline.sources import END_OF_TEXT
+from pipeline.tokenizer import encode
 
 TEXTS_AT_ONCE = 1000  # that the tokenizer works on in parallel
 
@@ -139,10 +140,15 @@ def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
     """The ids of each document and its end."""
     end = document_end(tokenizer)
-    encoded = tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, split_special_tokens=True, verbose=False
+    encoded = encode(
+        tokenizer,
+        texts,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        split_special_tokens=True,
+        verbose=False,
     )
-    return [np.asarray([*ids, end], dtype=np.int32) for ids in encoded["input_ids"]]
+    return [np.asarray([*ids, end], dtype=np.int32) for ids in encoded]
 
 
 def _bytes_of(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> int:
