@@ -94,6 +94,10 @@ class TokenizerArguments(StageArguments):
     algorithm: Literal["bpe", "char"] = "bpe"
     """bpe: merges of bytes, any text can be encoded; char: one entry a character of the text, held-out part included,
     and an error for any other character."""
+    text_column: str = "text"
+    """Column of the data set that holds the documents."""
+    streaming: bool = False
+    """Read no more than the first `max_bytes` of the corpus, for one too large for memory."""
     max_bytes: int | None = 2_000_000
     """Bytes of text to read, as merges settle long before a corpus ends; none: all of it."""
     vocab_size: int = 2048
@@ -138,6 +142,8 @@ class PretrainArguments(TrainingFields):
     """Width of one head."""
     intermediate_size: int = 512
     """Width of the SwiGLU MLP."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary positions' wavelengths: smaller ones tell near positions apart, larger ones far ones."""
     torch_compile: bool = False
     """Compile the model (a minute or so, faster steps after it); where no compiler works, that is said and not done."""
 

@@ -124,6 +124,7 @@ def build_model(args: PretrainArguments, tokenizer: object) -> torch.nn.Module:
     config = Qwen3Config(
         vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=True, use_cache=False, **{name: getattr(args, name) for name in shape},
+        rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
     )  # fmt: skip
     return GPTForCausalLM(config).train()
 

@@ -12,10 +12,11 @@ def main(args: TokenizerArguments) -> None:
     stage = runtime.Stage(args, "tokenizer", {"dataset": args.dataset})
     if not stage.is_main:
         return
-    texts = data.load_texts(args.dataset, split="train", seed=args.seed, max_bytes=args.max_bytes)
+    where = {name: getattr(args, name) for name in ("seed", "max_bytes", "text_column", "streaming")}
+    texts = data.load_texts(args.dataset, split="train", **where)
     if args.algorithm == "char":
         # A letter that only the held-out text has needs an entry too, or its loss could not be taken.
-        held_out = data.load_texts(args.dataset, split="validation", seed=args.seed, max_bytes=args.max_bytes)
+        held_out = data.load_texts(args.dataset, split="validation", **where)
         tokenizer = character_tokenizer([*texts, *held_out])
     else:
         tokenizer = train_tokenizer(texts, args.vocab_size)

@@ -1,11 +1,13 @@
 """The tokenizers: every byte round-trips, or every character; roles have tokens of their own, the answer's mask holds
 its end."""
 
+import json
 import random
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from pipeline.arguments import TokenizerArguments
 from pipeline.errors import UserError
 from pipeline.tokenizer import (
     SPECIAL_TOKENS,
@@ -16,6 +18,7 @@ from pipeline.tokenizer import (
     prompt_ids,
     train_tokenizer,
 )
+from stages.tokenizer import main
 
 TEXTS = ["Ben found a kite near the river. He was happy.", "Ann lost the fox. She was sad."] * 40
 CHAT = [{"role": "user", "content": "Write a story."}, {"role": "assistant", "content": "Ben found a kite."}]
@@ -133,3 +136,17 @@ def test_a_chat_of_characters(letters: PreTrainedTokenizerFast) -> None:
     out = letters.apply_chat_template(chat, return_assistant_tokens_mask=True, return_dict=True)
     assert out["input_ids"] == [*prompt, *letters("Speak:")["input_ids"], 5]
     assert [i for i, m in zip(out["input_ids"], out["assistant_masks"], strict=True) if m] == out["input_ids"][-7:]
+
+
+def test_the_stage_learns_the_alphabet_of_the_whole_text_from_its_column(tmp_path) -> None:
+    corpus, rows = tmp_path / "corpus.jsonl", [f"speak {i:02d}" for i in range(40)]
+    corpus.write_text("".join(json.dumps({"play": row}) + "\n" for row in rows))
+    given = {"run_dir": str(tmp_path), "output_dir": str(tmp_path / "tokenizer"), "dataset": str(corpus)}
+    for streaming in (False, True):
+        main(TokenizerArguments(**given, algorithm="char", text_column="play", max_bytes=None, streaming=streaming))
+        vocabulary = AutoTokenizer.from_pretrained(tmp_path / "tokenizer").get_vocab()
+        assert "".join(sorted(vocabulary, key=vocabulary.get)[6:]) == " 0123456789aekps"
+        metrics = json.loads((tmp_path / "tokenizer" / "stage.json").read_text())["metrics"]
+        assert metrics == {"vocab_size": 22, "bytes_per_token": 1.0}
+    with pytest.raises(UserError, match="has no text column 'text'"):
+        main(TokenizerArguments(**given))
