@@ -46,26 +46,21 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(positions: Tensor, config: Qwen3Config) -> tuple[Tensor, Tensor]:
-    """cos and sin of position · θ^(−2i/K) (2104.09864, eq. 15): positions (1 or B, T) → two fp32 (1 or B, T, H, K).
+    """cos and sin of position · θ^(−2i/K) (2104.09864, eq. 15): positions (1 or B, T) → two (1 or B, T, 1, K/2), fp32.
 
-    Each dimension and head has its own entry, and the sine the sign that `rotate` needs: whole rows of memory are
-    then multiplied at once. Computed at each forward, once for all layers: a non-persistent buffer would hold garbage
-    after `from_pretrained`.
+    Computed at each forward, once for all layers: a non-persistent buffer would hold garbage after `from_pretrained`.
     """
     theta, size = config.rope_parameters["rope_theta"], config.head_dim
     exponents = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size
-    angles = positions[..., None].float() * theta**-exponents  # (1 or B, T, K/2)
-    cos, sin = angles.cos(), angles.sin()
-    every_head = (-1, -1, config.num_attention_heads, -1)
-    cos = torch.cat((cos, cos), dim=-1)[:, :, None].expand(every_head)
-    sin = torch.cat((-sin, sin), dim=-1)[:, :, None].expand(every_head)
-    return cos.contiguous(), sin.contiguous()
+    angles = (positions[..., None].float() * theta**-exponents)[:, :, None]
+    return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """Turn each pair (x_i, x_{i+K/2}) of a (B, T, heads, K) tensor by its position's angle."""
-    cos, sin = (part[:, :, : x.shape[2]] for part in angles)
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+    cos, sin = angles
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def attention_bias(
@@ -126,16 +121,13 @@ class Attention(nn.Module):
         q = rotate(self.q_norm(self.q_proj(x).view(heads)), angles)  # (B, T, H, K)
         k = rotate(self.k_norm(self.k_proj(x).view(heads)), angles)  # (B, T, G, K)
         v = self.v_proj(x).view(heads)  # (B, T, G, K)
-        on_cpu, half = x.device.type == "cpu", v.dtype == torch.bfloat16
-        if on_cpu and half and bias is None and cache is None and not self.dropout and x.shape[1] <= kernels.LONGEST:
-            return self.o_proj(kernels.causal_attention(q, k, v).flatten(2))
-        # PyTorch's own attention is fastest in fp32 on CPU: leave autocast around it
-        dtype = torch.float32 if on_cpu else v.dtype
+        # PyTorch's attention is fastest in fp32 on CPU: leave autocast around it
+        dtype = torch.float32 if x.device.type == "cpu" else v.dtype
         q, k, v = (part.transpose(1, 2).to(dtype) for part in (q, k, v))
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
         with torch.autocast(x.device.type, enabled=False):
-            out = F.scaled_dot_product_attention(
+            out = F.scaled_dot_product_attention(  # softmax(q·kᵀ/√K + bias)·v
                 q, k, v,
                 attn_mask=None if bias is None else bias.to(dtype),
                 dropout_p=self.dropout if self.training else 0.0,
@@ -170,6 +162,8 @@ class Block(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], bias: Tensor | None, past_key_values=None) -> Tensor:
+        if bias is None and past_key_values is None and kernels.can_run(self, x):
+            return kernels.run(self, x, angles)  # the same, faster on CPU
         x = x + self.self_attn(self.input_layernorm(x), angles, bias, past_key_values)
         return x + self.mlp(self.post_attention_layernorm(x))
 

@@ -1,100 +1,272 @@
-"""Two parts of the GPT with gradients written by hand, for CPU, where PyTorch's own are slow.
+"""The two halves of a block with gradients written by hand, for CPU. Skip this file at first: `gpt.py` says the same.
 
-RMSNorm: autograd's backward is composed of a dozen passes over memory; this one takes a third of the time. Attention:
-PyTorch's fused kernel in bf16 is twice as slow as in fp32; this one is twice as fast as that. Each computes what the
-formula in its docstring says; tests/test_gpt.py holds values and gradients against it. On other devices, the GPT calls
-PyTorch's functions.
+What is computed is what `gpt.Block` says in plain PyTorch; tests/test_gpt.py holds values and gradients against it. A
+training step on CPU whose matrix products run in bf16 is bound by memory, so here queries, keys and values come out of
+one product, gate and up of another, nothing is converted back and forth or stored twice, and attention leaves out most
+of the scores that the causal mask would drop (PyTorch's own is two to three times slower in either precision). The
+residual stream and the norms are fp32; matrix products run in `dtype`, bf16 or fp32.
+
+Shapes: x (B, T, D) fp32 is the residual stream, h = norm(x) in `dtype`; H query heads, G key/value heads of size K.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 QUERIES = 64  # of one block in attention: smaller ones waste fewer masked scores, larger ones make fewer calls
 LONGEST = 512  # tokens of a row: beyond, the probabilities that attention keeps take too much memory
 
+without_autocast = torch.autocast("cpu", enabled=False)  # a decorator: products run in the precision of their inputs
+
+
+# ---- RMSNorm --------------------------------------------------------------------------------------------------------
+
+
+def norm_forward(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """y = r·x⊙w over the last dimension of x (…, D) fp32 → y in `dtype` and r = 1/√(mean(x²) + ε), (…, 1)."""
+    r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    y = x * r
+    return torch.mul(y, weight, out=y if dtype == y.dtype else torch.empty_like(y, dtype=dtype)), r
+
+
+def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """grad_x = r·(g⊙w) − x·r³·⟨g⊙w, x⟩/D and grad_w = Σ r·g⊙x, both fp32, for g (…, D) in any precision."""
+    size = x.shape[-1]
+    product = (grad * x).view(-1, size)
+    grad_weight = product.T @ r.view(-1)
+    coefficient = (product @ weight).view(r.shape).mul_(r**3).div_(-size)
+    grad_x = torch.mul(grad, weight, out=product.view(x.shape)).mul_(r)
+    return grad_x.addcmul_(x, coefficient), grad_weight
+
 
 class RMSNormFunction(torch.autograd.Function):
-    """y = r·x⊙w with r = 1/√(mean(x²) + ε) over the last dimension; fp32.
-
-    dx = r·(g⊙w) − x·r³·⟨g⊙w, x⟩/D and dw = Σ r·g⊙x.
-    """
+    """The norm by itself, for every place outside the two halves below; autograd's takes thrice as long."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        # Detached, or PyTorch would take the composed form that its own backward needs
-        return F.rms_norm(x.detach(), weight.shape, weight.detach(), eps)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, r = norm_forward(x, weight, eps, x.dtype)
+        ctx.save_for_backward(x, weight, r)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight = ctx.saved_tensors
-        rows = x.reshape(-1, x.shape[-1])  # (N, D)
-        grad = grad.reshape(rows.shape)
-        r = torch.linalg.vector_norm(rows, dim=-1).square_().div_(x.shape[-1]).add_(ctx.eps).rsqrt_()  # (N,)
-        product = grad * rows
-        grad_weight = product.T @ r
-        coefficient = (product @ weight).mul_(r**3).div_(-x.shape[-1])  # (N,)
-        grad_x = torch.mul(grad, weight, out=product).mul_(r[:, None]).addcmul_(rows, coefficient[:, None])
-        return grad_x.view(x.shape), grad_weight, None
+    @without_autocast
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *norm_backward(grad, *ctx.saved_tensors), None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / √(mean(x²) + ε) ⊙ weight over the last dimension; x (…, D) and weight (D,) fp32."""
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
         return RMSNormFunction.apply(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
-class CausalAttentionFunction(torch.autograd.Function):
-    """softmax(q·kᵀ + causal mask)·v for q (already divided by √K), k and v (N, T, K) in bf16.
+# ---- attention ------------------------------------------------------------------------------------------------------
 
-    Block by block of queries, so that most of the scores that the mask would drop are never computed. The softmax
-    computes in fp32 inside. The probabilities are kept for the backward, N·T²/2 of them.
+
+def attention_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """softmax(q·kᵀ + causal mask)·v for q (already divided by √K), k and v (B·H, T, K) → the same shape.
+
+    Block by block of queries, so that most masked scores are never computed; the softmax computes in fp32 inside. Also
+    returns the blocks' probabilities, B·H·T²/2 numbers, for the backward.
     """
+    out, probabilities = torch.empty_like(q), []
+    mask = q.new_full((QUERIES, QUERIES), float("-inf")).triu_(1)
+    for start in range(0, q.shape[1], QUERIES):
+        rows = slice(start, min(start + QUERIES, q.shape[1]))
+        own = rows.stop - start
+        scores = torch.bmm(q[:, rows], k[:, : rows.stop].transpose(1, 2))  # (B·H, own, start + own)
+        scores[:, :, start:] += mask[:own, :own]
+        probabilities.append(scores.softmax(-1))
+        out[:, rows] = torch.bmm(probabilities[-1], v[:, : rows.stop])
+    return out, probabilities
+
+
+def attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, probabilities: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, each (B·H, T, K)."""
+    grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for start, p in zip(range(0, q.shape[1], QUERIES), probabilities, strict=True):
+        rows, seen = slice(start, p.shape[2]), slice(0, p.shape[2])
+        grad_v[:, seen] += torch.bmm(p.transpose(1, 2), grad[:, rows])
+        grad_p = torch.bmm(grad[:, rows], v[:, seen].transpose(1, 2))
+        grad_scores = torch._softmax_backward_data(grad_p, p, -1, p.dtype)  # p⊙(grad_p − Σ p⊙grad_p)
+        grad_q[:, rows] = torch.bmm(grad_scores, k[:, seen])
+        grad_k[:, seen] += torch.bmm(grad_scores.transpose(1, 2), q[:, rows])
+    return grad_q, grad_k, grad_v
+
+
+def turn(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotate the pairs (x_2i, x_2i+1) of x (B, T, heads, K) fp32 by complex numbers (1 or B, T, 1, K/2)."""
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turns).flatten(-2)
+
+
+def pair_up(x: Tensor, size: int) -> Tensor:
+    """Move the rotary pairs (i, i + K/2) of each head's K rows side by side: (heads·K, …), permuted.
+
+    Done to queries and keys alike it changes no score, and one complex product then rotates them all.
+    """
+    return x.unflatten(0, (-1, 2, size // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def part_pairs(x: Tensor, size: int) -> Tensor:
+    """The inverse of pair_up."""
+    return x.unflatten(0, (-1, size // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def by_head(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """(B, T, H or G, K) → (B·H, T, K); of fewer heads each is repeated."""
+    x = x.transpose(1, 2)
+    if x.shape[1] != heads:
+        x = x.repeat_interleave(heads // x.shape[1], dim=1)
+    return packed(x, dtype).flatten(0, 1)
+
+
+def by_token(x: Tensor, heads: int, groups: int) -> Tensor:
+    """(B·H, T, K) → (B, T, G, K), what by_head repeated summed: its inverse for gradients."""
+    x = x.unflatten(0, (-1, heads))
+    if heads != groups:
+        x = x.unflatten(1, (groups, -1)).sum(2)
+    return x.transpose(1, 2)
+
+
+def packed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of x in `dtype` without gaps, in one pass."""
+    return torch.empty(x.shape, dtype=dtype).copy_(x)
+
+
+class AttentionHalf(torch.autograd.Function):
+    """x + W_o·attention(rotate(norm(W_q·h)), rotate(norm(W_k·h)), W_v·h) with h = norm(x)."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, probabilities = torch.empty_like(q), []
-        mask = q.new_full((QUERIES, QUERIES), float("-inf")).triu_(1)
-        for start in range(0, q.shape[1], QUERIES):
-            rows = slice(start, min(start + QUERIES, q.shape[1]))
-            own = rows.stop - start
-            scores = torch.bmm(q[:, rows], k[:, : rows.stop].transpose(1, 2))  # (N, own, start + own)
-            scores[:, :, start:] += mask[:own, :own]
-            probabilities.append(scores.softmax(-1))
-            out[:, rows] = torch.bmm(probabilities[-1], v[:, : rows.stop])
-        ctx.save_for_backward(q, k, v, *probabilities)
-        return out
+    @without_autocast
+    def forward(
+        ctx: Any, x: Tensor, norm: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wo: Tensor, q_norm: Tensor,
+        k_norm: Tensor, turns: Tensor, eps: float, dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        size = len(q_norm)
+        heads, groups = len(wq) // size, len(wk) // size
+        w = torch.cat((pair_up(wq, size), pair_up(wk, size), wv)).to(dtype)
+        wo, q_norm, k_norm = wo.to(dtype), pair_up(q_norm, size) * size**-0.5, pair_up(k_norm, size)
+        h, r = norm_forward(x, norm, eps, dtype)
+        q, k, v = F.linear(h, w).unflatten(-1, (-1, size)).split((heads, groups, groups), dim=2)
+        q, k = packed(q, torch.float32), packed(k, torch.float32)
+        (z_q, r_q), (z_k, r_k) = norm_forward(q, q_norm, eps, q.dtype), norm_forward(k, k_norm, eps, k.dtype)
+        heads_qkv = [by_head(part, heads, dtype) for part in (turn(z_q, turns), turn(z_k, turns), v)]
+        out, probabilities = attention_forward(*heads_qkv)
+        out = out.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
+        ctx.save_for_backward(
+            x, norm, r, h, w, wo, q, q_norm, r_q, k, k_norm, r_k, turns, out, *heads_qkv, *probabilities
+        )
+        return x + F.linear(out, wo)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, *probabilities = ctx.saved_tensors
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for start, p in zip(range(0, q.shape[1], QUERIES), probabilities, strict=True):
-            rows, seen = slice(start, p.shape[2]), slice(0, p.shape[2])
-            grad_v[:, seen] += torch.bmm(p.transpose(1, 2), grad[:, rows])
-            grad_p = torch.bmm(grad[:, rows], v[:, seen].transpose(1, 2))
-            grad_scores = torch._softmax_backward_data(grad_p, p, -1, p.dtype)  # p⊙(grad_p − Σ p⊙grad_p)
-            grad_q[:, rows] = torch.bmm(grad_scores, k[:, seen])
-            grad_k[:, seen] += torch.bmm(grad_scores.transpose(1, 2), q[:, rows])
-        return grad_q, grad_k, grad_v
+    @without_autocast
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm, r, h, w, wo, q, q_norm, r_q, k, k_norm, r_k, turns, out, *for_attention = ctx.saved_tensors
+        heads, groups, size = q.shape[2], k.shape[2], q.shape[3]
+        grad_y = grad.to(w.dtype)
+        grad_wo = rows(grad_y).T @ rows(out)
+        grad_out = by_head((grad_y @ wo).unflatten(-1, (-1, size)), heads, w.dtype)
+        grads = attention_backward(grad_out, *for_attention[:3], for_attention[3:])
+        # Into one tensor of (B, T, H + 2G, K), the gradient of the one product
+        grad_qkv = torch.empty(*x.shape[:2], heads + 2 * groups, size, dtype=w.dtype)
+        into_q, into_k, into_v = grad_qkv.split((heads, groups, groups), dim=2)
+        into_v.copy_(by_token(grads[2], heads, groups))
+        back = turns.conj().resolve_conj()
+        norms = []
+        for into, grad_part, count, *saved in (
+            (into_q, grads[0], heads, q, q_norm, r_q), (into_k, grads[1], groups, k, k_norm, r_k),
+        ):  # fmt: skip
+            grad_part = packed(by_token(grad_part, heads, count), torch.float32)
+            grad_part, grad_norm = norm_backward(turn(grad_part, back), *saved)
+            into.copy_(grad_part)
+            norms.append(part_pairs(grad_norm, size))
+        grad_qkv = grad_qkv.flatten(2)
+        grad_w = rows(grad_qkv).T @ rows(h)
+        grad_wq, grad_wk, grad_wv = grad_w.float().split((heads * size, groups * size, groups * size))
+        grad_x, grad_norm = norm_backward(grad_qkv @ w, x, norm, r)
+        return (grad_x.add_(grad), grad_norm, part_pairs(grad_wq, size), part_pairs(grad_wk, size), grad_wv,
+                grad_wo.float(), norms[0] * size**-0.5, norms[1], None, None, None)  # fmt: skip
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q·kᵀ/√K + causal mask)·v in bf16: q (B, T, H, K), k and v (B, T, G, K) → (B, T, H, K) bf16."""
-    batch, tokens, heads, size = q.shape
+# ---- MLP ------------------------------------------------------------------------------------------------------------
 
-    def by_head(x: Tensor) -> Tensor:  # (B, T, G or H, K) → (B·H, T, K)
-        x = x.transpose(1, 2).bfloat16()
-        if x.shape[1] != heads:
-            x = x.repeat_interleave(heads // x.shape[1], dim=1)
-        return x.reshape(-1, tokens, size)
 
-    with torch.autocast("cpu", enabled=False):
-        out = CausalAttentionFunction.apply(by_head(q * size**-0.5), by_head(k), by_head(v))
-    return out.view(batch, heads, tokens, size).transpose(1, 2)
+class MLPHalf(torch.autograd.Function):
+    """x + W_down·(silu(W_gate·h) ⊙ W_up·h) with h = norm(x)."""
+
+    @staticmethod
+    @without_autocast
+    def forward(
+        ctx: Any, x: Tensor, norm: Tensor, gate: Tensor, up: Tensor, down: Tensor, eps: float, dtype: torch.dtype
+    ) -> Tensor:
+        w, down = torch.cat((gate, up)).to(dtype), down.to(dtype)
+        h, r = norm_forward(x, norm, eps, dtype)
+        both = F.linear(h, w)
+        gate, up = both.chunk(2, dim=-1)
+        opened = F.silu(gate)
+        product = opened * up
+        ctx.save_for_backward(x, norm, r, h, w, both, opened, product, down)
+        return x + F.linear(product, down)
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm, r, h, w, both, opened, product, down = ctx.saved_tensors
+        gate, up = both.chunk(2, dim=-1)
+        grad_y = grad.to(down.dtype)
+        grad_down = rows(grad_y).T @ rows(product)
+        grad_product = grad_y @ down
+        grad_both = torch.empty_like(both)
+        grad_gate, grad_up = grad_both.chunk(2, dim=-1)
+        torch.mul(grad_product, opened, out=grad_up)
+        torch.ops.aten.silu_backward(grad_product.mul_(up), gate, grad_input=grad_gate)
+        grad_w = (rows(grad_both).T @ rows(h)).float()
+        grad_x, grad_norm = norm_backward(grad_both @ w, x, norm, r)
+        return grad_x.add_(grad), grad_norm, *grad_w.chunk(2), grad_down.float(), None, None
+
+
+def rows(x: Tensor) -> Tensor:
+    """(B, T, D) → (B·T, D)."""
+    return x.flatten(0, 1)
+
+
+# ---- a block of the GPT ---------------------------------------------------------------------------------------------
+
+
+def can_run(block: nn.Module, x: Tensor) -> bool:
+    """Whether `run` says exactly what the block says: stock parts in fp32 on CPU that nothing is attached to (LoRA,
+    hooks), rows that are not too long, and no compiler at work, which has its own way to fuse."""
+    attention, mlp = block.self_attn, block.mlp
+    linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+               mlp.gate_proj, mlp.up_proj, mlp.down_proj)  # fmt: skip
+    return (
+        x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[1] <= LONGEST
+        and not torch.compiler.is_compiling()
+        and not (attention.dropout and block.training)
+        and all(type(part) is nn.Linear and part.bias is None and part.weight.dtype == x.dtype for part in linears)
+        and type(attention.q_norm) is type(attention.k_norm) is type(block.input_layernorm)
+        and not any(part._forward_hooks or part._forward_pre_hooks for part in block.modules() if part is not block)
+    )  # fmt: skip
+
+
+def run(block: nn.Module, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """One block of the GPT without padding on the left: x (B, T, D) → (B, T, D), both fp32; `angles` as in gpt.py."""
+    attention, mlp = block.self_attn, block.mlp
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    norm, eps = block.input_layernorm.weight, block.input_layernorm.eps
+    x = AttentionHalf.apply(
+        x, norm, *(part.weight for part in projections), attention.q_norm.weight, attention.k_norm.weight,
+        torch.complex(*angles), eps, dtype,
+    )  # fmt: skip
+    norm = block.post_attention_layernorm.weight
+    return MLPHalf.apply(x, norm, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight, eps, dtype)

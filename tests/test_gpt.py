@@ -262,19 +262,55 @@ def test_hand_written_norm_equals_autograd():
 
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 150])
 def test_hand_written_attention_equals_the_formula(tokens):
-    """Heads in fp64, so that what remains is an error of the formula and not of bf16; then the public form in bf16."""
+    """In fp64, so that what remains is an error of the formula."""
     torch.manual_seed(0)
     q, k, v, grad = (torch.randn(4, tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(4))
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
-    ours = kernels.CausalAttentionFunction.apply(q, k, v)
+    ours, probabilities = kernels.attention_forward(q.detach(), k.detach(), v.detach())
     torch.testing.assert_close(ours, expected)
-    for a, b in zip(*(torch.autograd.grad(y, (q, k, v), grad) for y in (ours, expected)), strict=True):
+    gradients = kernels.attention_backward(grad.detach(), q.detach(), k.detach(), v.detach(), probabilities)
+    for a, b in zip(gradients, torch.autograd.grad(expected, (q, k, v), grad), strict=True):
         torch.testing.assert_close(a, b)
-    q, k, v = torch.randn(2, tokens, 4, 8), torch.randn(2, tokens, 2, 8), torch.randn(2, tokens, 2, 8)
-    expected = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
-    ).transpose(1, 2)
-    torch.testing.assert_close(kernels.causal_attention(q, k, v).float(), expected, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("padding", ["full", "right"])
+def test_hand_written_block_equals_the_plain_one(monkeypatch, groups, padding):
+    """Every weight's gradient and the loss, hand-written halves against autograd on the formulas."""
+    ours, _ = pair(GPTForCausalLM, Qwen3ForCausalLM, num_key_value_heads=groups)
+    inputs = batch(padding)
+    calls, run = [], kernels.run
+    monkeypatch.setattr(kernels, "run", lambda *given: calls.append(1) or run(*given))
+    by_hand = ours(**inputs).loss
+    by_hand.backward()
+    assert len(calls) == 3  # one a layer: the fast way was taken
+    gradients = {name: p.grad.clone() for name, p in ours.named_parameters()}
+    ours.zero_grad()
+    monkeypatch.setattr(kernels, "can_run", lambda *_: False)
+    plain = ours(**inputs).loss
+    plain.backward()
+    assert_close(by_hand, plain)
+    for name, parameter in ours.named_parameters():
+        assert_close(gradients[name], parameter.grad, name)
+
+
+def test_the_hand_written_block_steps_aside_for_what_it_does_not_know():
+    x = torch.randn(2, 5, 48)
+
+    def block(**changes):
+        return GPTForCausalLM(small_config(**changes)).train().model.layers[0]
+
+    assert kernels.can_run(block(), x)
+    assert not kernels.can_run(block(), x.bfloat16())
+    assert not kernels.can_run(block(), torch.randn(1, kernels.LONGEST + 1, 48))
+    assert not kernels.can_run(block(attention_bias=True), x)
+    assert not kernels.can_run(block(attention_dropout=0.1), x)
+    assert kernels.can_run(block(attention_dropout=0.1).eval(), x)
+    adapted, hooked, unnormed = block(), block(), block()
+    adapted.mlp.up_proj = torch.nn.Sequential(adapted.mlp.up_proj)  # as LoRA wraps a projection
+    hooked.self_attn.q_proj.register_forward_hook(lambda *_: None)
+    unnormed.self_attn.q_norm = torch.nn.Identity()
+    assert not any(kernels.can_run(changed, x) for changed in (adapted, hooked, unnormed))
 
 
 def test_initialisation():
