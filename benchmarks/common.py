@@ -51,20 +51,24 @@ def alternate(contenders: dict[Contender, Callable[[], None]], rounds: int) -> d
 def compare(seconds: dict[Contender, list[float]], tokens: int) -> dict:
     """Tokens per second (median over the rounds) of each contender, and how many times faster ours are.
 
-    "ratio" sets our fastest precision against theirs, round by round, and takes the median of the rounds;
-    "ratio_fp32" and so on compare like with like.
+    "ratio" sets our fastest mode against the fastest of any peer, round by round, and takes the median of the rounds;
+    "ratio_fp32" and so on set like against like, in every mode that both have.
     """
-    modes = sorted({mode for _, mode in seconds})
+    modes = list(dict.fromkeys(mode for _, mode in seconds))
 
-    def ratio(ours: str, theirs: str) -> float:
-        rounds = zip(seconds["transformers", theirs], seconds["ours", ours], strict=True)
+    def fastest(contenders: list[Contender]) -> Contender:
+        return min(contenders, key=lambda name: statistics.median(seconds[name]))
+
+    def ratio(ours: Contender, theirs: Contender) -> float:
+        rounds = zip(seconds[theirs], seconds[ours], strict=True)
         return round(statistics.median(slow / fast for slow, fast in rounds), 3)
 
-    def best(who: str) -> str:
-        return min(modes, key=lambda mode: statistics.median(seconds[who, mode]))
-
-    result: dict = {"ratio": ratio(best("ours"), best("transformers"))}
-    result |= {f"ratio_{mode}": ratio(mode, mode) for mode in modes}
+    ours, peers = ([name for name in seconds if (name[0] == "ours") == own] for own in (True, False))
+    result: dict = {"ratio": ratio(fastest(ours), fastest(peers)),
+                    "best": " ".join(fastest(ours)), "best_peer": " ".join(fastest(peers))}  # fmt: skip
+    for mode in modes:
+        if ("ours", mode) in seconds and (rivals := [name for name in peers if name[1] == mode]):
+            result[f"ratio_{mode}"] = ratio(("ours", mode), fastest(rivals))
     result |= {
         f"{who}_{mode}_tokens_per_s": round(tokens / statistics.median(times)) for (who, mode), times in seconds.items()
     }
@@ -76,12 +80,11 @@ def table(title: str, result: dict) -> None:
     print(f"\n{title}")
     for key, value in result.items():
         if key.endswith("_tokens_per_s"):
-            print(f"  {key.removesuffix('_tokens_per_s').replace('_', ' '):24s} {value:>10,d} tokens/s")
+            print(f"  {key.removesuffix('_tokens_per_s').replace('_', ' '):32s} {value:>10,d} tokens/s")
     for key, value in result.items():
-        if key.startswith("ratio"):
-            print(
-                f"  {'ours / transformers ' + key.removeprefix('ratio_').replace('ratio', 'best'):24s} {value:>10.2f}"
-            )
+        if key.startswith("ratio_"):
+            print(f"  {'ours / peer, ' + key.removeprefix('ratio_').replace('_', ' '):32s} {value:>10.2f}")
+    print(f"  {'best / best':32s} {result['ratio']:>10.2f}   {result['best']} / {result['best_peer']}")
 
 
 def report(name: str, results: dict[str, dict]) -> dict:

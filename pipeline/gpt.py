@@ -28,8 +28,7 @@ IGNORED = -100  # a label that is not trained on, as everywhere in PyTorch
 LOGITS_PER_CHUNK = 2**25  # the loss holds at most this many fp32 logits at once (128 MiB)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The parts
+# ---- the parts -------------------------------------------------------------------------------------------------------
 
 
 class RMSNorm(nn.Module):
@@ -168,8 +167,7 @@ class Block(GradientCheckpointingLayer):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The models
+# ---- the models ------------------------------------------------------------------------------------------------------
 
 
 class GPTPreTrainedModel(PreTrainedModel):
@@ -219,14 +217,9 @@ class GPTModel(GPTPreTrainedModel):
         self.post_init()
 
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values=None,
-        inputs_embeds: Tensor | None = None,
-        **_,
-    ) -> outputs.BaseModelOutputWithPast:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        past_key_values=None, inputs_embeds: Tensor | None = None, **_,
+    ) -> outputs.BaseModelOutputWithPast:  # fmt: skip
         """input_ids (B, T) long → .last_hidden_state (B, T, D).
 
         attention_mask (B, T) is 1 for real tokens (None: all); position_ids (1 or B, T) default to 0, 1, 2, … in
@@ -256,17 +249,10 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values=None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **_,
-    ) -> outputs.CausalLMOutputWithPast:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        past_key_values=None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None, logits_to_keep: int | Tensor = 0, **_,
+    ) -> outputs.CausalLMOutputWithPast:  # fmt: skip
         """Logits (B, T, V), and the mean cross-entropy of labels (B, T) (−100 = ignored) where they are given.
 
         The loss is divided by `num_items_in_batch` (Trainer's count over accumulated batches) instead of the number of
@@ -319,13 +305,9 @@ class GPTForSequenceClassification(GPTPreTrainedModel):
         self.post_init()
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        **_,
-    ) -> outputs.SequenceClassifierOutputWithPast:
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        labels: Tensor | None = None, **_,
+    ) -> outputs.SequenceClassifierOutputWithPast:  # fmt: skip
         """Logits (B, num_labels) at the rightmost token that is not config.pad_token_id, as stock Qwen3 pools."""
         pad, rows = self.config.pad_token_id, torch.arange(len(input_ids), device=input_ids.device)
         if pad is None and len(rows) > 1:

@@ -97,6 +97,26 @@ def test_logits_loss_and_gradients_equal_stock(kind, changes):
     assert_same_gradients(ours, stock)
 
 
+def test_a_published_shape_equals_stock():
+    """Qwen3-0.6B's config.json in all that shapes the numbers, two of its 28 layers, random weights."""
+    published = Qwen3Config(
+        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=2, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=40960, rms_norm_eps=1e-6, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, initializer_range=0.02, pad_token_id=PAD,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    ours, stock = GPTForCausalLM(published).train(), Qwen3ForCausalLM(published).train()
+    stock.load_state_dict(ours.state_dict())
+    for kind in ("left", "right", "packed"):
+        inputs = batch(kind)
+        ours.zero_grad(), stock.zero_grad()
+        ours_out, stock_out = ours(**inputs), stock(**inputs, use_cache=False)
+        ours_out.loss.backward()
+        stock_out.loss.backward()
+        assert_close(ours_out.loss, stock_out.loss, f"{kind}: loss")
+        assert_same_gradients(ours, stock)
+
+
 @pytest.mark.parametrize("kind", ["full", "right", "left"])
 @pytest.mark.parametrize("labels", [1, 3])
 def test_sequence_classification_equals_stock(kind, labels):
