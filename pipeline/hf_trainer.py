@@ -41,6 +41,7 @@ def training_kwargs(args: TrainingFields, stage: Stage) -> dict[str, Any]:
         "report_to": [],
         "logging_nan_inf_filter": False,  # a loss that is no number must be seen, not filtered
         "dataloader_pin_memory": not on_cpu,
+        "ddp_find_unused_parameters": False,  # there are none, and looking for them at each step takes time
     }
 
 

@@ -25,6 +25,11 @@ class Batch(NamedTuple):
     """(at most SHOWN_TOKENS,): how the first row begins."""
 
 
+def looks_at_once(device: torch.device) -> bool:
+    """Whether reading a number off `device` costs nothing."""
+    return device.type == "cpu"
+
+
 class NanGuard(TrainerCallback):
     """Watches a Trainer's losses and gradient norms.
 
@@ -35,7 +40,7 @@ class NanGuard(TrainerCallback):
 
     def __init__(self, trainer: Trainer, stage: Stage) -> None:
         self.stage, self.trainer = stage, trainer
-        self.at_once = trainer.args.device.type == "cpu"
+        self.at_once = looks_at_once(trainer.args.device)
         self.batches: list[Batch] = []
         self.norms: list[tuple[int, torch.Tensor]] = []
         # The Trainer shows a callback neither loss nor norm of each step: look where they are made.

@@ -140,14 +140,8 @@ def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
     """The ids of each document and its end."""
     end = document_end(tokenizer)
-    encoded = encode(
-        tokenizer,
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        split_special_tokens=True,
-        verbose=False,
-    )
+    options = {"add_special_tokens": False, "return_attention_mask": False, "split_special_tokens": True}
+    encoded = encode(tokenizer, texts, **options, verbose=False)
     return [np.asarray([*ids, end], dtype=np.int32) for ids in encoded]
 
 

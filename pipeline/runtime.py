@@ -43,6 +43,7 @@ console = Console(highlight=False)
 # Fields that change what is shown or kept but not what is computed: a run goes on from its checkpoint all the same.
 COSMETIC_FIELDS = {"logging_steps", "save_steps", "run_dir", "output_dir", "preset"}
 MIN_FREE_BYTES = 300_000_000
+HASHED_WHOLE = 4 * 2**30  # bytes
 UNITS = {"grad_norm": "grad {:.3g}", "tokens_per_s": "{:,.0f} tok/s", "mfu": "{:.0%} of peak", "memory_mb": "{:,} MB"}
 UNSHOWN = {"learning_rate"}  # the file has it; it follows from the step
 
@@ -280,7 +281,7 @@ def _short(value: float) -> str:
 
 
 def _fingerprint(stage: str, key: str, path: str, args: StageArguments) -> dict[str, str]:
-    """sha256 over the files of an input; a hub name is its own fingerprint."""
+    """sha256 over the files of an input, of a data set those in its folders too; a hub name is its own fingerprint."""
     if not is_local(path) and not path.startswith(args.run_dir):
         return {"path": path, "sha256": "hub"}
     place = Path(path).expanduser()
@@ -290,17 +291,30 @@ def _fingerprint(stage: str, key: str, path: str, args: StageArguments) -> dict[
         hint = f"run `make {place.name}` first" if path.startswith(args.run_dir) else "check the path"
         raise UserError(f"{stage}: {key} {path} does not exist; {hint}")
     if place.is_file():
-        return {"path": path, "sha256": sha256_of(place)}
+        return {"path": path, "sha256": _sha256_of(place)}
     if path.startswith(args.run_dir) and (place / "checkpoints").is_dir() and not (place / "stage.json").exists():
         raise UserError(f"{stage}: {key} {path} is not complete; run `make {place.name}` first")
     record = {"stage.json", "metrics.jsonl", "README.md", "training_args.bin"}
-    files = sorted(p for p in place.iterdir() if p.is_file() and p.name not in record)
+    inside = place.rglob("*") if key == "dataset" else place.iterdir()
+    files = sorted(p for p in inside if p.is_file() and p.name not in record)
     if not files:
         raise UserError(f"{stage}: {key} {path} is an empty folder")
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.name} {sha256_of(file)}\n".encode())
+        digest.update(f"{file.relative_to(place)} {_sha256_of(file)}\n".encode())
     return {"path": path, "sha256": digest.hexdigest()}
+
+
+def _sha256_of(file: Path) -> str:
+    """sha256 of a file's bytes; of a very large one, which would take minutes, of its size, time, begin and end."""
+    status = file.stat()
+    if status.st_size <= HASHED_WHOLE:
+        return sha256_of(file)
+    with file.open("rb") as stream:
+        ends = stream.read(2**20)
+        stream.seek(-(2**20), os.SEEK_END)
+        ends += stream.read()
+    return hashlib.sha256(f"{status.st_size} {status.st_mtime_ns} ".encode() + ends).hexdigest()
 
 
 def _check_writable(folder: Path) -> None:
@@ -325,7 +339,10 @@ def _versions() -> dict[str, str]:
 def _git_commit() -> str | None:
     here = Path(__file__).parent
     words = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    result = subprocess.run(words, cwd=here, capture_output=True, text=True)
+    try:
+        result = subprocess.run(words, cwd=here, capture_output=True, text=True)
+    except OSError:  # a machine without git
+        return None
     return result.stdout.strip() or None if result.returncode == 0 else None
 
 

@@ -67,6 +67,8 @@ def main(args: PretrainArguments) -> None:
     stage.say(f"{parameter_count(model):,} parameters, {tokens:,} training tokens, {seen}")
     attach(trainer, callback)
     train(trainer, stage)
+    if args.streaming:
+        stage.say(f"{training.texts.documents:,} documents were read, {training.texts.duplicates:,} of them duplicates")
 
     val_loss = trainer.evaluate()["eval_loss"]
     save_model(trainer, stage)
