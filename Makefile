@@ -35,7 +35,7 @@ endif
 
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
-.PHONY: all $(CHAIN) chat setup smoke test lint bench bench-train bench-sample bench-ppo bench-shakespeare clean help
+.PHONY: all $(CHAIN) chat setup smoke test lint bench bench-train bench-sample bench-ppo bench-shakespeare course ablation clean help
 
 all: $(lastword $(STAGES)) ## the whole chain, then a table, samples and the report (default)
 	@$(if $(filter report,$(STAGES)),,echo "PRESET=$(PRESET) ends here: it is pretraining only. \`make chat PRESET=$(PRESET)\` writes on from your words")
@@ -109,8 +109,9 @@ test: | $(READY) ## all tests
 lint: | $(READY) ## ruff, rules and format of the imports
 	@ruff check .
 
-bench: bench-train bench-sample bench-ppo ## all benchmarks against their peers
-bench-train: | $(READY) ## pretraining speed against transformers' Qwen3
+bench: | $(READY) ## all benchmarks against their peers, and one table (half an hour; leave the machine alone)
+	@python -m benchmarks $(ARGS)
+bench-train: | $(READY) ## pretraining speed against transformers' Qwen3 and GPT-2
 	@python -m benchmarks.train $(ARGS)
 bench-sample: | $(READY) ## sampling speed against transformers' generate
 	@python -m benchmarks.sample $(ARGS)
@@ -118,6 +119,10 @@ bench-ppo: | $(READY) ## PPO speed against TRL 1.12's PPOTrainer
 	@python -m benchmarks.ppo $(ARGS)
 bench-shakespeare: | $(READY) ## loss of PRESET=shakespeare in the time of nanoGPT's CPU recipe (TEXT=file)
 	@python -m benchmarks.nanogpt $(if $(TEXT),--text '$(TEXT)') $(ARGS)
+course: | $(READY) ## the models of the course one after the other, and the loss each reaches
+	@python -m benchmarks.course $(ARGS)
+ablation: | $(READY) ## optimizer, schedule and shape at equal time, for the table in LOG.md (hours)
+	@python -m benchmarks.ablation $(ARGS)
 
 clean: ## remove the run of this PRESET and SEED (never the others)
 	rm -rf $(RUN)
