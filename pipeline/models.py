@@ -1,14 +1,19 @@
-"""Open a model folder as policy, reward model or critic.
+"""Open a model folder as policy, reward model or critic, with LoRA where it is asked for, and save one.
 
 A Qwen3 folder opens as our own GPT (pipeline/gpt.py), which is faster where it counts; any other architecture of
 transformers opens as its stock class. All come in fp32 and in eval mode: autocast chooses the precision of products.
 """
 
+import copy
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import UserError
 from pipeline.gpt import GPTForCausalLM, GPTForSequenceClassification
@@ -16,18 +21,26 @@ from pipeline.sources import is_local
 
 
 def load_policy(path: str, device: torch.device | str | None = None) -> PreTrainedModel:
-    """A causal language model from a folder or the hub."""
-    return _load(path, GPTForCausalLM, AutoModelForCausalLM, device)
+    """A causal language model from a folder or the hub; an adapter is merged into its base."""
+    return _load(path, GPTForCausalLM, AutoModelForCausalLM, device)[0]
 
 
-def load_reward(path: str, device: torch.device | str | None = None) -> PreTrainedModel:
-    """A sequence classifier with one output: the score of a whole conversation."""
-    return _load(path, GPTForSequenceClassification, AutoModelForSequenceClassification, device, num_labels=1)
+def load_reward(path: str, device: torch.device | str | None = None, trained: bool = True) -> PreTrainedModel:
+    """A sequence classifier with one output: the score of a whole conversation.
+
+    Raises UserError if the folder lacks weights, as a language model lacks the head; `trained=False` draws them anew.
+    """
+    kinds = GPTForSequenceClassification, AutoModelForSequenceClassification
+    model, info = _load(path, *kinds, device, num_labels=1)
+    if trained and info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise UserError(f"{path} is no trained reward model: it has no weights for {missing}; train one on it first")
+    return model
 
 
 def load_critic(path: str, device: torch.device | str | None = None) -> PreTrainedModel:
     """A value model: the trunk of `path` (a policy or a reward model), a new head N(0, 1/(d+1)) (arXiv 2403.17031)."""
-    critic = load_reward(path, device)
+    critic = load_reward(path, device, trained=False)
     head = critic.score
     nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
     # The reward model's standardisation is of its own head, which is gone.
@@ -42,13 +55,81 @@ def parameter_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _load(path: str, ours: type, stock: type, device: torch.device | str | None, **kwargs: object) -> PreTrainedModel:
+# --- LoRA -------------------------------------------------------------------------------------------------------------
+
+
+def add_lora(
+    model: PreTrainedModel, r: int = 16, alpha: int = 32, target_modules: Sequence[str] | None = None
+) -> nn.Module:
+    """Freeze a model and add trained low-rank updates W + (alpha/r)·BA beside its matrices (LoRA, arXiv 2106.09685).
+
+    B starts at 0, so nothing changes at first. `target_modules` are the last parts of module names; None: every matrix
+    of the blocks. The head `score` of a classifier is trained whole. Raises UserError if no module has such a name.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        target_modules="all-linear" if target_modules is None else list(target_modules),
+        lora_dropout=0.0,  # PPO has dropout off everywhere
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        task_type="SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config).eval()
+    except ValueError as error:
+        raise UserError(f"lora_target_modules: {' '.join(str(error).split())[:300]}") from None
+
+
+def is_lora(model: nn.Module) -> bool:
+    """Whether peft is wrapped around a model."""
+    return hasattr(model, "get_base_model")
+
+
+def without_wrapper(model: nn.Module) -> nn.Module:
+    """The model of transformers in a peft wrapper: its own modules, the adapter's among them."""
+    return model.get_base_model() if is_lora(model) else model
+
+
+def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that an optimizer changes, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_whole(model: nn.Module, folder: str | Path) -> None:
+    """Write a stock model folder that opens without peft.
+
+    With LoRA the adapter is merged into the weights of a copy, and also kept by itself in the subfolder `adapter`.
+    """
+    if is_lora(model):
+        model.save_pretrained(Path(folder) / "adapter", save_embedding_layers=False)
+        model = copy.deepcopy(model).merge_and_unload()
+    model.save_pretrained(folder)
+
+
+def _load(
+    path: str, ours: type, stock: type, device: torch.device | str | None, **kwargs: object
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model and transformers' report on what was missing in the folder."""
     if is_local(path) and not (Path(path) / "config.json").is_file():
+        if (Path(path) / "adapter_config.json").is_file():
+            return _load_adapter(path, ours, stock, device, **kwargs)
         raise UserError(f"{path} is no model folder (it has no config.json)")
     try:
         config = AutoConfig.from_pretrained(path)
         kind = ours if config.model_type == "qwen3" else stock
-        model = kind.from_pretrained(path, dtype=torch.float32, **kwargs)
-    except (OSError, ValueError) as error:
+        model, info = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **kwargs)
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a head of another size
         raise UserError(f"no model can be opened from {path}: {' '.join(str(error).split())[:300]}") from None
-    return model.to(device).eval() if device is not None else model.eval()
+    return (model.to(device) if device is not None else model).eval(), info
+
+
+def _load_adapter(path: str, *kinds: Any, **kwargs: object) -> tuple[PreTrainedModel, dict[str, Any]]:
+    from peft import PeftModel
+
+    base = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if not base:
+        raise UserError(f"the adapter {path} does not say which model it belongs to (base_model_name_or_path)")
+    model, info = _load(base, *kinds, **kwargs)
+    return PeftModel.from_pretrained(model, path).merge_and_unload().eval(), info

@@ -1,4 +1,4 @@
-"""Where rewards come from: reward models with their own tokenizers, Python functions, and weighted sums of them.
+"""Where rewards come from: reward models with their own tokenizers, Python functions, ensembles, weighted sums.
 
 A reward is any `f(prompts, completions, **columns) -> list[float]`. Prompts and completions come as in the data set,
 text or lists of messages; the set's other columns come by name. No token ids cross this border, so a reward model may
@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from pipeline.tokenizer import load_tokenizer
 from reward_data.formats import text_of
 
 RewardFunction = Callable[..., list[float]]
+Combine = Literal["mean", "min", "uwo"]
+Reduce = Callable[[Tensor], Tensor]
+"""Sum of a tensor over all processes."""
 
 
 class RewardModel:
@@ -85,6 +88,34 @@ class RewardModel:
         return self.model.score(last.float()).squeeze(-1)
 
 
+class Ensemble:
+    """Several rewards for the same thing as one, so that what a single one is wrong about earns less (2310.02743).
+
+        mean: the mean over members;    min: the lowest of them;    uwo: mean − uwo_coef · variance
+
+    The variance is that of the members on one answer, divided by their number. Members should be on one scale, as
+    reward models with `reward_mean` and `reward_std` are.
+    """
+
+    def __init__(self, members: Sequence[RewardFunction], combine: Combine = "mean", uwo_coef: float = 0.1) -> None:
+        if len(members) < 2:
+            raise UserError(f"an ensemble needs at least two rewards, not {len(members)}")
+        if combine not in ("mean", "min", "uwo"):
+            raise UserError(f"reward_ensemble: {combine!r} is none of mean, min, uwo")
+        self.members, self.combine, self.uwo_coef = list(members), combine, uwo_coef
+
+    def __call__(self, prompts: list[Any], completions: list[Any], **columns: list) -> list[float]:
+        """One score a row; UserError names the member and the row that went wrong."""
+        rows = [checked(name_of(member), member, prompts, completions, columns) for member in self.members]
+        scores = torch.tensor(rows, dtype=torch.double)  # (members, rows)
+        if self.combine == "min":
+            return scores.amin(0).tolist()
+        mean = scores.mean(0)
+        if self.combine == "uwo":
+            mean = mean - self.uwo_coef * scores.var(0, correction=0)
+        return mean.tolist()
+
+
 class WeightedRewards:
     """Σ weight · reward, each source checked: it must not raise and must give one finite number a row."""
 
@@ -106,9 +137,11 @@ def checked(
     """Call a reward and check what comes back."""
     try:
         values = function(prompts, completions, **columns)
+    except UserError:
+        raise  # a member of an ensemble, which has named its row
     except Exception as error:
         row = _first_failing_row(function, prompts, completions, columns)
-        where = "the whole batch, no single row alone" if row is None else f"row {row} ({_short(completions[row])})"
+        where = "the whole batch, no single row alone" if row is None else _row(row, prompts, completions)
         raise UserError(f"reward {name} raised {type(error).__name__}: {error}, on {where}; mend the reward") from error
     try:
         values = [float(value) for value in values]
@@ -118,8 +151,44 @@ def checked(
         raise UserError(f"reward {name} returned {len(values)} values for {len(prompts)} rows; return one a row")
     for i, value in enumerate(values):
         if not math.isfinite(value):
-            raise UserError(f"reward {name} returned {value} on row {i} ({_short(completions[i])}); it must be finite")
+            raise UserError(f"reward {name} returned {value} on {_row(i, prompts, completions)}; it must be finite")
     return values
+
+
+def name_of(function: RewardFunction) -> str:
+    """What a reward is called in a sentence: its folder or its function's name."""
+    return getattr(function, "path", getattr(function, "__name__", type(function).__name__))
+
+
+# --- scaling ----------------------------------------------------------------------------------------------------------
+
+
+def add_to_moments(moments: Sequence[float], scores: Tensor, reduce: Reduce | None = None) -> list[float]:
+    """Count, mean and Σ(x − mean)² of all scores so far and those of a further batch, over all processes.
+
+    Chan, Golub and LeVeque's update: exact for any split into batches, and no difference of large sums.
+    """
+    count, mean, squares = moments
+    scores = scores.double()
+    sums = torch.stack([torch.tensor(float(len(scores)), device=scores.device).double(), scores.sum()])
+    new_count, total = (reduce(sums) if reduce else sums).tolist()
+    new_mean = total / new_count
+    spread = ((scores - new_mean) ** 2).sum()
+    new_squares = float(reduce(spread) if reduce else spread)
+    both, gap = count + new_count, new_mean - mean
+    return [both, mean + gap * new_count / both, squares + new_squares + gap**2 * count * new_count / both]
+
+
+def scale_scores(scores: Tensor, moments: Sequence[float] | None, clip: float | None) -> Tensor:
+    """(score − mean)/standard deviation by `moments`, if given, then clipped to ±clip, if given."""
+    if moments is not None:
+        count, mean, squares = moments
+        std = math.sqrt(squares / max(1.0, count - 1))
+        scores = (scores - mean) / (std if std > 1e-8 else 1.0)  # equal scores all become 0
+    return scores if clip is None else scores.clamp(-clip, clip)
+
+
+# --- by name ----------------------------------------------------------------------------------------------------------
 
 
 def load_rewards(
@@ -127,17 +196,33 @@ def load_rewards(
     weights: Sequence[float] | None = None,
     device: torch.device | str | None = None,
     mixed_precision: str = "auto",
+    ensemble: Combine = "mean",
+    uwo_coef: float = 0.1,
 ) -> WeightedRewards:
-    """Rewards by name: `module:function` is imported, anything else is the folder or hub name of a reward model."""
+    """Rewards by name: `module:function` is imported, anything else is the folder or hub name of a reward model.
+
+    Several names in one, with commas between, are an ensemble, which counts as one reward with one weight.
+    """
     if not names:
         raise UserError("no reward is given; name at least one reward model or function")
     weights = [1.0] * len(names) if weights is None else list(weights)
     if len(weights) != len(names):
         raise UserError(f"{len(weights)} reward_weights for {len(names)} rewards; give one weight a reward")
-    functions = [
-        load_function(name) if is_function_name(name) else RewardModel(name, device, mixed_precision) for name in names
-    ]
-    return WeightedRewards(list(zip(names, functions, weights, strict=True)))
+    sources = []
+    for name, weight in zip(names, weights, strict=True):
+        members = [
+            load_function(part) if is_function_name(part) else RewardModel(part, device, mixed_precision)
+            for part in reward_names([name])
+        ]
+        reward = members[0] if len(members) == 1 else Ensemble(members, ensemble, uwo_coef)
+        sources.append((name, reward, weight))
+    return WeightedRewards(sources)
+
+
+def reward_names(names: Sequence[str]) -> list[str]:
+    """The single rewards in a list of names, members of ensembles each on its own."""
+    parts = [[name] if Path(name).exists() else name.split(",") for name in names]
+    return [part.strip() for group in parts for part in group if part.strip()]
 
 
 def is_function_name(name: str) -> bool:
@@ -169,6 +254,10 @@ def _first_failing_row(
         except Exception:
             return i
     return None
+
+
+def _row(i: int, prompts: list[Any], completions: list[Any]) -> str:
+    return f"row {i} ({_short(completions[i])}, the answer to {_short(prompts[i])})"
 
 
 def _short(value: Any) -> str:

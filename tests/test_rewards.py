@@ -1,14 +1,29 @@
 """Rewards: models with their own tokenizers, functions, mixes, and one clear sentence for each way to fail."""
 
+import math
+import statistics
 import sys
 
 import pytest
 import torch
-from ppo_tools import config, critic, tokenizer
-from transformers import BertConfig, BertForSequenceClassification, Qwen3ForSequenceClassification
+from ppo_tools import config, critic, policy, tokenizer
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Qwen3ForSequenceClassification,
+)
 
 from pipeline.errors import UserError
-from pipeline.rewards import RewardModel, WeightedRewards, is_function_name, load_rewards
+from pipeline.rewards import (
+    Ensemble,
+    RewardModel,
+    WeightedRewards,
+    add_to_moments,
+    is_function_name,
+    load_rewards,
+    reward_names,
+    scale_scores,
+)
 
 TALK = [[{"role": "user", "content": text}] for text in ("t6 t7", "t8", "t9")]
 ANSWERS = ["t10 t11 t12 t13", "t10", "t12 t13"]
@@ -172,9 +187,9 @@ def raises_on_batches(prompts, completions, **columns):
 @pytest.mark.parametrize(
     ("function", "sentence"),
     [
-        (raises, r"reward mine raised KeyError: 'boom', on row 1 \('t10'\)"),
+        (raises, r"reward mine raised KeyError: 'boom', on row 1 \('t10', the answer to 't8'\)"),
         (raises_on_batches, "ValueError: one at a time, on the whole batch"),
-        (lambda p, c, **k: [0.0, float("nan"), 1.0], r"returned nan on row 1 \('t10'\)"),
+        (lambda p, c, **k: [0.0, float("nan"), 1.0], r"returned nan on row 1 \('t10', the answer to 't8'\)"),
         (lambda p, c, **k: [0.0, 1.0, float("inf")], "returned inf on row 2"),
         (lambda p, c, **k: [0.0, 1.0], "returned 2 values for 3 rows"),
         (lambda p, c, **k: None, "returned 'None' instead of a list of numbers"),
@@ -189,3 +204,113 @@ def test_a_reward_that_fails_is_named_with_its_row(function, sentence):
 def test_tensors_and_arrays_of_numbers_are_fine():
     mix = WeightedRewards([("mine", lambda p, c, **k: torch.arange(3), 2.0)])
     assert mix(TALK, ANSWERS) == [0.0, 2.0, 4.0]
+
+
+# --- folders that are no reward ---------------------------------------------------------------------------------------
+
+
+def test_a_language_model_is_no_reward(tmp_path):
+    """Its head would be drawn at random."""
+    with pytest.raises(UserError, match=r"is no trained reward model: it has no weights for score\.weight"):
+        RewardModel(saved(tmp_path, policy()))
+
+
+def test_a_classifier_with_two_labels_is_no_reward(tmp_path):
+    torch.manual_seed(0)
+    with pytest.raises(UserError, match="no model can be opened"):
+        RewardModel(saved(tmp_path, Qwen3ForSequenceClassification(config(num_labels=2))))
+
+
+def test_messages_without_a_chat_template_are_one_sentence(tmp_path):
+    words = tokenizer()
+    words.chat_template = None
+    mix = load_rewards([saved(tmp_path, words=words)], mixed_precision="no")
+    with pytest.raises(UserError, match=r"chat_template is not set.*on row 0"):
+        mix(TALK, ANSWERS)
+
+
+# --- ensembles --------------------------------------------------------------------------------------------------------
+
+
+def gives(*values):
+    return lambda prompts, completions, **columns: list(values)
+
+
+@pytest.mark.parametrize(
+    ("combine", "expected"),
+    [
+        ("mean", [2.0, 2.0, 1.0]),
+        ("min", [1.0, 2.0, -1.0]),
+        # Variances of (1, 2, 3), (2, 2, 2), (-1, 4, 0): 2/3, 0, 14/3
+        ("uwo", [2.0 - 0.5 * 2 / 3, 2.0, 1.0 - 0.5 * 14 / 3]),
+    ],
+)
+def test_ensembles_by_hand(combine, expected):
+    ensemble = Ensemble([gives(1.0, 2.0, -1.0), gives(2.0, 2.0, 4.0), gives(3.0, 2.0, 0.0)], combine, uwo_coef=0.5)
+    assert ensemble(TALK, ANSWERS) == pytest.approx(expected)
+
+
+def test_an_ensemble_by_name_is_one_reward_of_a_mix(functions, tmp_path):
+    names = [saved(tmp_path / "a", critic(seed=4)), saved(tmp_path / "b", critic(seed=5), reward_mean=1.0)]
+    first, second = (RewardModel(name, mixed_precision="no")(TALK, ANSWERS) for name in names)
+    mix = load_rewards([", ".join(names), "some_rewards:length"], [3.0, 0.5], mixed_precision="no", ensemble="min")
+    expected = [3 * min(a, b) + 0.5 * n for a, b, n in zip(first, second, (4, 1, 2), strict=True)]
+    assert mix(TALK, ANSWERS) == pytest.approx(expected, abs=1e-4)
+    uwo = load_rewards([",".join(names)], mixed_precision="no", ensemble="uwo", uwo_coef=2.0)
+    expected = [(a + b) / 2 - 2 * ((a - b) / 2) ** 2 for a, b in zip(first, second, strict=True)]
+    assert uwo(TALK, ANSWERS) == pytest.approx(expected, abs=1e-4)
+    assert reward_names([",".join(names), "some_rewards:length"]) == [*names, "some_rewards:length"]
+
+
+def test_a_folder_with_a_comma_in_its_name_is_one_reward(tmp_path):
+    assert reward_names([saved(tmp_path / "a,b")]) == [str(tmp_path / "a,b")]
+
+
+def test_an_ensemble_says_which_member_failed_on_which_row():
+    def broken(prompts, completions, **columns):
+        return [0.0, float("nan"), 0.0]
+
+    mix = WeightedRewards([("both", Ensemble([gives(1.0, 2.0, 3.0), broken]), 1.0)])
+    with pytest.raises(UserError, match=r"^reward broken returned nan on row 1 \('t10'"):
+        mix(TALK, ANSWERS)
+
+
+def test_an_ensemble_needs_members_and_a_known_way():
+    with pytest.raises(UserError, match="at least two rewards, not 1"):
+        Ensemble([gives(1.0)])
+    with pytest.raises(UserError, match="'max' is none of mean, min, uwo"):
+        Ensemble([gives(1.0), gives(2.0)], "max")
+
+
+# --- scaling ----------------------------------------------------------------------------------------------------------
+
+
+def test_running_moments_are_those_of_all_scores_so_far():
+    values = [1000.1, 1000.4, 999.0, 1003.0, 1000.0, 1001.5, 998.0]
+    moments = [0.0, 0.0, 0.0]
+    for part in (values[:2], values[2:3], values[3:]):
+        moments = add_to_moments(moments, torch.tensor(part, dtype=torch.double))
+    count, mean, squares = moments
+    assert (count, mean) == (7, pytest.approx(statistics.fmean(values)))
+    assert squares / 6 == pytest.approx(statistics.variance(values), rel=1e-9)
+
+
+def test_running_moments_are_those_of_all_processes():
+    """Two processes that hold half of the scores each; `reduce` adds what the other one would give."""
+    mine, other = torch.tensor([1.0, 5.0]), torch.tensor([2.0, 8.0, 3.0])
+    mean = torch.cat([mine, other]).mean().item()
+    shares = iter([torch.tensor([3.0, 13.0]), ((other - mean) ** 2).sum()])
+    found = add_to_moments([2.0, 4.0, 2.0], mine, lambda tensor: tensor + next(shares))
+    assert found == pytest.approx(add_to_moments([2.0, 4.0, 2.0], torch.cat([mine, other])), rel=1e-6)
+
+
+def test_scores_are_normalised_then_clipped():
+    scores = torch.tensor([1.0, 3.0, 11.0])  # mean 5, variance (16 + 4 + 36)/2 = 28
+    moments = add_to_moments([0.0, 0.0, 0.0], scores)
+    expected = torch.tensor([-4.0, -2.0, 6.0]) / math.sqrt(28)
+    torch.testing.assert_close(scale_scores(scores, moments, None), expected)
+    torch.testing.assert_close(scale_scores(scores, moments, 1.0), expected.clamp(-1, 1))
+    assert scale_scores(scores, None, 2.0).tolist() == [1.0, 2.0, 2.0]
+    assert scale_scores(scores, None, None) is scores
+    same = torch.full((4,), 3.0)
+    assert scale_scores(same, add_to_moments([0.0, 0.0, 0.0], same), None).tolist() == [0.0] * 4
