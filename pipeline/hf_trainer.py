@@ -72,7 +72,7 @@ def why_not_compile() -> str | None:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # whatever is missing, training goes on without
-        return " ".join(str(error).split(": ", 1)[-1].splitlines()[:1])[:200]
+        return str(error).split(": ", 1)[-1].split("\n")[0][:200]
     return None
 
 

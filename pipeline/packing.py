@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset
+from numpy.lib.stride_tricks import sliding_window_view
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -48,12 +49,13 @@ def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, block_size: i
     ids = np.concatenate(parts)[:-1] if parts else np.zeros(0, dtype=np.int32)  # between documents, not after the last
     if block_size < 2 or len(ids) < 2:
         raise UserError(f"nothing can be predicted: the text has {len(ids)} tokens, a row {block_size}; two are needed")
-    starts = np.arange(0, len(ids) - 1, block_size - 1)
-    ends = np.minimum(starts + block_size, len(ids))
-    offsets = np.concatenate([[0], np.cumsum(ends - starts)])
-    places = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - starts, ends - starts)
-    column = pa.LargeListArray.from_arrays(offsets, ids[places])
-    rows = Dataset(pa.table({"input_ids": column, "row": np.arange(len(starts))}))
+    step = block_size - 1
+    whole = (len(ids) - 1) // step
+    rest = ids[whole * step :]  # it begins with the last token of the last whole row
+    windows = [sliding_window_view(ids, block_size)[::step].ravel()] if whole else []
+    lengths = [block_size] * whole + [len(rest)] * (len(rest) > 1)
+    column = pa.LargeListArray.from_arrays(np.cumsum([0, *lengths]), np.concatenate([*windows, rest])[: sum(lengths)])
+    rows = Dataset(pa.table({"input_ids": column, "row": np.arange(len(lengths))}))
     first = tokenizer.decode(ids[:1].tolist())
     return Packed(
         rows, ids, tokens=len(ids) - 1, bytes=sum(len(text.encode()) for text in texts) - _bytes_of(ids[:1], tokenizer),

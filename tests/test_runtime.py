@@ -1,6 +1,7 @@
 """The stage's record: metrics, resume point, fingerprints, one sentence for an error."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,46 @@ def test_fingerprints_follow_content_and_name_what_is_missing(tmp_path: Path) ->
         runtime.Stage(arguments(tmp_path), "sft", {"model": str(tmp_path / "pretrain")})
     hub = runtime.Stage(arguments(tmp_path), "sft", {"model": "owner/name"}).inputs["model"]
     assert hub == {"path": "owner/name", "sha256": "hub"}
+
+
+def test_the_fingerprint_of_a_data_set_has_its_folders_and_of_a_large_file_its_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fingerprint() -> str:
+        return runtime.Stage(arguments(tmp_path), "sft", {"dataset": str(tmp_path / "rows")}).inputs["dataset"][
+            "sha256"
+        ]
+
+    file = tmp_path / "rows" / "data" / "train.parquet"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"a" * 5_000_000)
+    first = fingerprint()
+    file.write_bytes(b"a" * 2_500_000 + b"b" + b"a" * 2_499_999)
+    assert fingerprint() != first, "every byte counts"
+    monkeypatch.setattr(runtime, "HASHED_WHOLE", 4_000_000)
+    sampled = fingerprint()
+    assert fingerprint() == sampled and len(sampled) == 64
+    os.utime(file, (1, 1))
+    assert fingerprint() != sampled, "of a file too large to read, its time counts"
+    other = fingerprint()
+    file.write_bytes(b"a" * 4_999_999 + b"b")
+    os.utime(file, (1, 1))
+    assert fingerprint() != other, "and its end"
+
+
+def test_a_machine_without_git_finishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    runtime.Stage(arguments(tmp_path), "sft", {}).finish({})
+    assert json.loads((tmp_path / "sft/stage.json").read_text())["git_commit"] is None
+
+
+def test_a_line_shows_figures_short(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    stage = runtime.Stage(arguments(tmp_path), "sft", {})
+    stage.log({"step": 1200, "loss": 2.34567, "bpb": 1.234567, "grad_norm": 0.51234, "learning_rate": 0.003,
+               "tokens_per_s": 18234, "mfu": 0.3123, "memory_mb": 1512, "seconds_left": 3725.4})  # fmt: skip
+    shown = "step 1,200  loss 2.346  bpb 1.235  grad 0.512  18,234 tok/s  31% of peak  1,512 MB  1:02:05 left"
+    assert capsys.readouterr().out == f"sft  {shown}\n"
+    assert json.loads((tmp_path / "sft/metrics.jsonl").read_text())["learning_rate"] == 0.003
 
 
 def test_seed_sets_torch(tmp_path: Path) -> None:
