@@ -21,6 +21,7 @@ from pipeline.errors import UserError
 from pipeline.ppo_config import PPOConfig
 
 Precision = Literal["auto", "bf16", "no"]
+Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "warmup_stable_decay"]
 
 
 @dataclass
@@ -59,7 +60,7 @@ class TrainingFields(StageArguments):
     """Peak learning rate of AdamW."""
     muon_learning_rate: float = 0.02
     """Peak learning rate of the matrices that Muon has; only with optimizer muon."""
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup", "warmup_stable_decay"] = "cosine"
+    lr_scheduler_type: Schedule = "cosine"
     """Course of the learning rate after the warm-up; all but the constant ones end at 0."""
     decay_share: float = 0.2
     """Share of max_steps, at the end, over which warmup_stable_decay falls as 1 − √progress (arXiv 2405.18392)."""
@@ -116,6 +117,12 @@ class PretrainArguments(TrainingFields):
     """Folder (or hub name) of the tokenizer."""
     model_name_or_path: str | None = None
     """Model whose weights to go on from; none: random weights of the shape below."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """muon: Muon on the matrices inside the blocks, AdamW on the rest, better from random weights (LOG.md); adamw."""
+    muon_learning_rate: float = 0.01
+    """Peak learning rate of the matrices that Muon has; only with optimizer muon."""
+    lr_scheduler_type: Schedule = "warmup_stable_decay"
+    """Course of the learning rate after the warm-up; this one beats cosine at equal time (LOG.md)."""
     text_column: str = "text"
     """Column of the data set that holds the documents."""
     streaming: bool = False
@@ -228,14 +235,33 @@ class PPOArguments(StageArguments, PPOConfig):
     """Held-out prompts for the evaluation during training."""
     model_name_or_path: str = "{run_dir}/sft"
     """Policy to optimise; its frozen copy is the reference."""
+    use_peft: bool = False
+    """Train low-rank updates of policy and critic instead of all weights (LoRA, arXiv 2106.09685): less memory; the
+    reference is the policy with its adapter switched off. The folder has the merged model, and `adapter` beside it."""
+    lora_r: int = 16
+    """Rank of the updates; only with use_peft."""
+    lora_alpha: int = 32
+    """The updates are scaled by lora_alpha / lora_r; only with use_peft."""
+    lora_target_modules: list[str] | None = None
+    """Last parts of the names of the policy's matrices that get an update; none: all of its blocks. The critic's get
+    one all over. Only with use_peft."""
     reward: list[str] = field(default_factory=lambda: ["{run_dir}/reward"])
-    """Rewards: folders of reward models and functions `module:name`; their weighted sum is optimised."""
+    """Rewards: folders of reward models and functions `module:name`; their weighted sum is optimised. Several in one
+    entry, with commas between, are an ensemble: one reward."""
     reward_weights: list[float] | None = None
     """One weight a reward; none: 1 each."""
+    reward_ensemble: Literal["mean", "min", "uwo"] = "mean"
+    """What an ensemble gives: the mean of its members, the lowest, or mean − uwo_coef · variance (arXiv 2310.02743)."""
+    uwo_coef: float = 0.1
+    """λ of uwo: how much disagreement among the members costs."""
     critic_name_or_path: str = "{run_dir}/reward"
     """Model whose trunk the critic starts from (the reward model or the policy); its head is new."""
     gold: str | None = None
     """Judge `module:name` that is only looked at (eval/gold), never optimised."""
+    ptx_dataset: str | None = None
+    """Pretraining text for ptx_coef: generator (stories, reviews), file, folder or hub name."""
+    ptx_max_bytes: int | None = 2_000_000
+    """Bytes of it to read or generate at most; none: all there is."""
 
 
 @dataclass
