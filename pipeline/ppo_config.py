@@ -17,6 +17,8 @@ class PPOConfig:
     """Seed of the order of prompts, of sampling and of mini-batches."""
     mixed_precision: Literal["auto", "bf16", "no"] = "auto"
     """bf16: matrix products in bfloat16, weights in fp32; auto: bf16 where the GPU or CPU has it in hardware."""
+    gradient_checkpointing: bool = False
+    """Compute the blocks' activations again in the backward pass: less memory, slower updates, the same result."""
 
     total_episodes: int = 4096
     """Answers to sample in all; rounded up to whole updates."""
@@ -29,15 +31,31 @@ class PPOConfig:
     per_device_train_batch_size: int = 16
     """Answers in one forward and backward pass on one device; changes memory and speed, not the result."""
 
+    num_generations: int = 1
+    """Answers sampled to each prompt of an update."""
+
     response_length: int = 64
     """Longest answer in tokens; one without an end token by then is truncated."""
     temperature: float = 1.0
     """Sampling temperature; every log-probability is taken of logits / temperature."""
+    normalize_scores: bool = False
+    """Take from each score the mean of all scores so far and divide it by their standard deviation."""
+    score_clip: float | None = None
+    """A score counts for no more than this on either side of 0, after normalize_scores; none: as it is."""
     missing_eos_penalty: float = 0.0
     """Subtracted from the score of a truncated answer."""
 
     kl_coef: float = 0.05
     """β of the penalty −β·(log π − log π_ref) that every token pays (Ziegler et al. 2019)."""
+    adaptive_kl_target: float | None = None
+    """KL in nats an answer that β is steered to, a little after each update; none: β stays as it is."""
+    adaptive_kl_horizon: int = 10_000
+    """Episodes over which an adaptive β changes by at most a fifth; only with adaptive_kl_target."""
+    ref_sync_updates: int = 0
+    """Updates after which the reference becomes a copy of the policy, again and again; 0: never."""
+    whiten_rewards: bool = False
+    """Scale the tokens' rewards, KL penalty included, to a standard deviation of 1 around their mean, as TRL does
+    (harmful in arXiv 2403.17031)."""
     gamma: float = 1.0
     """Discount of later rewards."""
     lam: float = 0.95
@@ -46,8 +64,22 @@ class PPOConfig:
     """λ of the critic's targets; 1 is the plain return, free of the critic's own bias (decoupled GAE, 2504.05118)."""
     cliprange: float = 0.2
     """ε: a probability ratio outside 1 ± ε earns nothing more (arXiv 1707.06347)."""
-    cliprange_value: float = 0.2
-    """The critic's loss does not reward moving further than this from its value at sampling time."""
+    cliprange_high: float | None = None
+    """ε of the upper side alone, 1 + ε: more room for tokens that were unlikely (arXiv 2503.14476); none: cliprange."""
+    dual_clip: float | None = None
+    """A token with a negative advantage A costs at most this times |A|, above 1 (arXiv 1912.09729); none: no bound."""
+    sampler_weight_cap: float | None = None
+    """Weigh tokens by π/π_sampler, at most this, where the sampler computes otherwise than training; none: not."""
+    entropy_coef: float = 0.0
+    """Weight of the policy's entropy, in nats a token, that is added to what it maximises."""
+    ptx_coef: float = 0.0
+    """Weight of the pretraining loss on `ptx_dataset` in each policy step (InstructGPT had 27.8); 0: none."""
+    ptx_batch_size: int = 16
+    """Pretraining texts in a policy step, over all processes; only with ptx_coef."""
+    ptx_max_length: int = 128
+    """Tokens of a pretraining text, from its beginning; only with ptx_coef."""
+    cliprange_value: float | None = 0.2
+    """The critic's loss does not reward moving further than this from its value at sampling time; none: it may."""
     target_kl: float | None = None
     """An update's policy steps stop once a mini-batch's approximate KL to the sampling policy exceeds this."""
     critic_warmup_updates: int = 2
@@ -72,9 +104,14 @@ class PPOConfig:
     max_grad_norm: float = 1.0
     """The gradients of policy and critic are each scaled down to this global norm."""
 
+    ema_decay: float | None = None
+    """Keep an average of the policy, avg ← d·avg + (1−d)·policy after each update, saved in `ema`; none: not."""
+
     logging_steps: int = 1
     """Updates between two lines of metrics."""
     eval_steps: int = 0
     """Updates between two evaluations on held-out prompts, one before the first update included; 0: none."""
+    best_metric: Literal["none", "rlhf_reward", "proxy", "gold", "win_rate"] = "rlhf_reward"
+    """Held-out figure whose best policy is kept in `best`; rlhf_reward: proxy less missing end tokens and β·KL."""
     save_steps: int = 10
     """Updates between two checkpoints; 0: none."""

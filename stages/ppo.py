@@ -4,32 +4,42 @@ from pathlib import Path
 
 from pipeline import data, runtime
 from pipeline.arguments import PPOArguments
-from pipeline.models import load_critic, load_policy
+from pipeline.errors import UserError
+from pipeline.models import add_lora, load_critic, load_policy
 from pipeline.ppo import PPOTrainer
-from pipeline.rewards import load_function, load_rewards
+from pipeline.rewards import load_function, load_rewards, reward_names
 from pipeline.tokenizer import check_fits, load_tokenizer
 
 SHOWN = ("step", "episode", "objective/scores", "objective/kl", "objective/entropy", "response/length",
          "policy/approxkl_avg", "val/explained_variance", "episodes_per_s",
-         "eval/proxy", "eval/gold", "eval/kl", "eval/length")  # fmt: skip
+         "eval/proxy", "eval/gold", "eval/win_rate", "eval/kl", "eval/length", "seconds_left")  # fmt: skip
 """What a line on the screen has room for; metrics.jsonl has everything."""
 
 
 def main(args: PPOArguments) -> None:
     """Policy and reference start from the SFT model, the critic from the reward model; the reward model stays fixed."""
-    rewards = {f"reward_{i}": r for i, r in enumerate(args.reward) if ":" not in r}
+    rewards = {f"reward_{i}": r for i, r in enumerate(reward_names(args.reward)) if ":" not in r}
     inputs = {"model": args.model_name_or_path, "critic": args.critic_name_or_path, **rewards}
-    stage = runtime.Stage(args, "ppo", inputs | {"dataset": args.dataset})
+    stage = runtime.Stage(args, "ppo", inputs | {"dataset": args.dataset, "ptx_dataset": args.ptx_dataset})
     stage.shown = SHOWN
     tokenizer = load_tokenizer(args.model_name_or_path)
-    policy, reference = (load_policy(args.model_name_or_path) for _ in range(2))
+    policy = load_policy(args.model_name_or_path)
     critic = load_critic(args.critic_name_or_path)
     check_fits(tokenizer, policy.config.vocab_size, args.model_name_or_path)
     check_fits(tokenizer, critic.config.vocab_size, args.critic_name_or_path)
+    if args.use_peft:
+        policy = add_lora(policy, args.lora_r, args.lora_alpha, args.lora_target_modules)
+        critic = add_lora(critic, args.lora_r, args.lora_alpha)
     trainer = PPOTrainer(
         policy=policy,
-        reference=reference,
-        rewards=load_rewards(args.reward, args.reward_weights, mixed_precision=args.mixed_precision),
+        reference=None,  # the policy as it is now
+        rewards=load_rewards(
+            args.reward,
+            args.reward_weights,
+            mixed_precision=args.mixed_precision,
+            ensemble=args.reward_ensemble,
+            uwo_coef=args.uwo_coef,
+        ),
         critic=critic,
         args=args,
         train_dataset=data.load_prompts(args.dataset, split="ppo", seed=args.seed, size=args.dataset_size),
@@ -37,10 +47,20 @@ def main(args: PPOArguments) -> None:
         processing_class=tokenizer,
         stage=stage,
         gold=load_function(args.gold) if args.gold else None,
+        ptx_dataset=pretraining_text(args),
     )
     metrics = trainer.train()
     trainer.save_model(Path(args.output_dir))
     stage.finish(metrics, tokens=trainer.tokens)
+
+
+def pretraining_text(args: PPOArguments) -> list[str] | None:
+    """Documents for the mix of `ptx_coef`, or None where there is none. Raises UserError for half a setting."""
+    if bool(args.ptx_coef) != bool(args.ptx_dataset):
+        raise UserError("ptx_coef and ptx_dataset go together; set both or neither")
+    if not args.ptx_dataset:
+        return None
+    return data.load_texts(args.ptx_dataset, split="train", seed=args.seed, max_bytes=args.ptx_max_bytes)
 
 
 if __name__ == "__main__":

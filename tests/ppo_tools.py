@@ -87,11 +87,12 @@ def settings(tmp_path, **changes):
 
 
 def trainer(tmp_path, *, models=None, rewards=count_t7, rows=None, words=None, reference=None, gold=None,
-            eval_rows=None, callbacks=None, **changes):  # fmt: skip
+            eval_rows=None, callbacks=None, ptx_dataset=None, **changes):  # fmt: skip
     """A PPOTrainer of tiny parts that keeps its log in `trainer.rows`."""
     actor, judge = models or (policy(), critic())
     made = PPOTrainer(actor, reference, rewards, judge, settings(tmp_path, **changes), rows or prompts(), eval_rows,
-                      words or tokenizer(), gold=gold, callbacks=callbacks)  # fmt: skip
+                      words or tokenizer(), gold=gold, callbacks=callbacks,
+                      ptx_dataset=ptx_dataset)  # fmt: skip
     made.rows = []
     made.log = lambda metrics: made.rows.append({"step": made.updates_done, **metrics})
     return made

@@ -592,5 +592,3 @@ def test_two_processes_give_the_loss_and_gradient_of_one(tmp_path):
     for name, value in {**metrics, **losses}.items():
         if "time" not in name and name != "val/ratio_var":
             assert two["numbers"][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
-
-

@@ -31,16 +31,17 @@ def masked_mean(values: Tensor, mask: Tensor, reduce: Reduce | None = None) -> T
     return total / count.clamp(min=1)
 
 
-def masked_whiten(values: Tensor, mask: Tensor, reduce: Reduce | None = None) -> Tensor:
+def masked_whiten(values: Tensor, mask: Tensor, reduce: Reduce | None = None, shift_mean: bool = True) -> Tensor:
     """Shift and scale to mean 0 and (unbiased) variance 1 over real tokens of all processes; 0 elsewhere.
 
-    Two passes, mean first, so that a large common offset costs no precision.
+    Two passes, mean first, so that a large common offset costs no precision. Without `shift_mean` the mean stays.
     """
     mean = masked_mean(values, mask, reduce)
     squares = torch.stack([((values - mean)[mask] ** 2).sum(), mask.sum().to(values.dtype)])
     total, count = reduce(squares) if reduce else squares
     variance = total / (count - 1).clamp(min=1)
-    return torch.where(mask, (values - mean) * torch.rsqrt(variance + 1e-8), 0.0)
+    scaled = (values - mean) * torch.rsqrt(variance + 1e-8)
+    return torch.where(mask, scaled if shift_mean else scaled + mean, 0.0)
 
 
 # --- log-probabilities ------------------------------------------------------------------------------------------------
@@ -68,13 +69,13 @@ def logprobs_from_hidden(
 ) -> tuple[Tensor, Tensor | None]:
     """log softmax(head(hidden) / temperature)[targets], and the entropy of that distribution where asked for.
 
-    `hidden` (N, D), `targets` (N,) long → (N,) float32 each; the entropy carries no gradient. About `chunk_elements`
+    `hidden` (N, D), `targets` (N,) long → (N,) float32 each, both with their gradients. About `chunk_elements`
     logits exist at a time: of several chunks each one is computed again in the backward pass.
     """
 
     def chunk(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
         logprobs = F.log_softmax(head(h).float() / temperature, dim=-1)
-        spread = -(logprobs.exp() * logprobs).sum(-1).detach() if entropy else None
+        spread = -(logprobs.exp() * logprobs).sum(-1) if entropy else None
         return logprobs.gather(-1, y[:, None]).squeeze(-1), spread
 
     rows = max(1, chunk_elements // vocab_size)
@@ -136,19 +137,33 @@ def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float = 1.0, la
 
 
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cliprange: float
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    cliprange: float,
+    cliprange_high: float | None = None,
+    dual_clip: float | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate of PPO (arXiv 1707.06347), eq. 7, **summed** over tokens.
 
         max(−A·ρ, −A·clip(ρ, 1−ε, 1+ε)),   ρ = π/π_old
 
-    All arguments (N,). The caller divides by the token count of the whole mini-batch on all processes, so neither the
-    micro-batch size nor the number of processes changes the gradient. Also returns sums for the log, where
-    approxkl is ½(log ρ)² and ratio_var the mean square of ρ − 1.
+    `cliprange_high` is the ε of the upper side alone (clip-higher, arXiv 2503.14476). `dual_clip` c bounds the loss of
+    a token with A < 0 by c·|A|, so that a huge ρ does not rule the gradient (arXiv 1912.09729). `weights` multiply the
+    tokens' losses (`importance_weights`). All tensors (N,). The caller divides by the token count of the whole
+    mini-batch on all processes, so neither the micro-batch size nor the number of processes changes the gradient. Also
+    returns sums for the log, where approxkl is ½(log ρ)² and ratio_var the mean square of ρ − 1.
     """
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
-    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    upper = cliprange if cliprange_high is None else cliprange_high
+    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + upper)
+    losses = torch.maximum(plain, clipped)
+    if dual_clip is not None:
+        losses = torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)
+    if weights is not None:
+        losses = weights * losses
     with torch.no_grad():
         sums = {
             "policy/approxkl_avg": 0.5 * (log_ratio**2).sum(),
@@ -156,15 +171,32 @@ def policy_loss(
             "val/ratio": ratio.sum(),
             "val/ratio_var": ((ratio - 1) ** 2).sum(),
         }
-    return torch.maximum(plain, clipped).sum(), sums
+    return losses.sum(), sums
+
+
+def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
+    """min(π/π_sampler, cap) token by token, for answers whose sampler is not quite the policy (truncated importance
+    sampling, Ionides 2008)."""
+    return (logprobs - sampler_logprobs).exp().clamp(max=cap)
+
+
+def adapted_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, episodes: int) -> float:
+    """The next β after an update of `episodes` answers with a mean KL of `kl` nats (Ziegler et al. 2019, section 2.2).
+
+    β·(1 + clip(KL/target − 1, ±0.2)·episodes/horizon)
+    """
+    return kl_coef * (1 + min(0.2, max(-0.2, kl / target - 1)) * episodes / horizon)
 
 
 def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float
+    values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """½·max((V − G)², (clip(V, V_old ± ε) − G)²), **summed** over tokens; all arguments (N,)."""
+    """½·max((V − G)², (clip(V, V_old ± ε) − G)²), **summed** over tokens; all tensors (N,). ε None: ½·(V − G)²."""
+    plain_loss = (values - returns) ** 2
+    if cliprange_value is None:
+        return 0.5 * plain_loss.sum(), {"val/clipfrac_avg": torch.zeros((), device=values.device)}
     clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
-    plain_loss, clipped_loss = (values - returns) ** 2, (clipped - returns) ** 2
+    clipped_loss = (clipped - returns) ** 2
     sums = {"val/clipfrac_avg": (clipped_loss > plain_loss).float().sum().detach()}
     return 0.5 * torch.maximum(plain_loss, clipped_loss).sum(), sums
 

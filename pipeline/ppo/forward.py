@@ -5,10 +5,16 @@ no attention mask is needed. Both look only at the places that predict a respons
 shape batch × length × vocabulary ever exists.
 """
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pipeline.errors import UserError
+from pipeline.models import without_wrapper
 from pipeline.ppo.algorithm import logprobs_from_hidden
 
 # Steps between head and softmax that some architectures take (Gemma 2, Cohere, Granite).
@@ -23,38 +29,102 @@ def disable_dropout(model: nn.Module) -> None:
     model.eval()
 
 
+class Recomputed:
+    """The blocks of a model whose activations are computed again in the backward pass, if `on`, instead of kept.
+
+    transformers does so only in training mode, in which some architectures have dropout that cannot be taken out; so
+    just the blocks are put into it, for just the forward pass, and what is inside them stays in eval mode.
+    """
+
+    def __init__(self, model: nn.Module, on: bool) -> None:
+        self.blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if on else []
+        if on and not self.blocks:
+            raise UserError(f"gradient_checkpointing: {type(model).__name__} has no blocks that can be computed again")
+        for block in self.blocks:
+            block.gradient_checkpointing = True
+            block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+    def __enter__(self) -> None:
+        self._set(torch.is_grad_enabled())
+
+    def __exit__(self, *error: object) -> None:
+        self._set(False)
+
+    def _set(self, training: bool) -> None:
+        for block in self.blocks:
+            block.training = training
+
+
 class TokenLogprobs(nn.Module):
     """log π(response token | what came before) of a causal language model, at the sampling temperature."""
 
-    def __init__(self, model: nn.Module, temperature: float) -> None:
+    def __init__(self, model: nn.Module, temperature: float, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         for name in LOGIT_TRANSFORMS:
             if getattr(model.config, name, None) not in (None, 1, 1.0):
                 raise UserError(f"the policy's config has {name}, which PPO does not apply; take another model")
         disable_dropout(model)
         self.model, self.temperature = model, temperature
+        self.recomputed = Recomputed(model, gradient_checkpointing)
 
-    def forward(self, ids: Tensor, predicts: Tensor, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, ids: Tensor, predicts: Tensor, entropy: bool = False, temperature: float | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """`ids` (b, t) long, `predicts` (b, t) bool as `response_positions` gives it → (N,) float32, row by row."""
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        temperature = self.temperature if temperature is None else temperature
+        model = without_wrapper(self.model)
+        with self.recomputed:
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         targets = ids[:, 1:][predicts[:, :-1]]
-        head = self.model.get_output_embeddings()
-        return logprobs_from_hidden(hidden[predicts], targets, head, head.weight.shape[0], self.temperature, entropy)
+        head = model.get_output_embeddings()
+        return logprobs_from_hidden(hidden[predicts], targets, head, head.weight.shape[0], temperature, entropy)
+
+
+class AdapterOff:
+    """A LoRA model as it is without its adapter; everything but `generate` is the model's own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.with_adapter = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.with_adapter, name)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's."""
+        with self.with_adapter.disable_adapter():
+            return self.with_adapter.generate(*args, **kwargs)
+
+
+class ReferenceLogprobs(TokenLogprobs):
+    """TokenLogprobs of a LoRA policy with its adapter switched off: a reference that takes no memory of its own."""
+
+    def __init__(self, policy: nn.Module, temperature: float) -> None:
+        super().__init__(AdapterOff(policy), temperature)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As TokenLogprobs."""
+        with self.model.disable_adapter():
+            return super().forward(*args, **kwargs)
 
 
 class TokenValues(nn.Module):
     """V(s_t) for every response token: the scalar head `score` of a sequence classifier, before the token is read."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, gradient_checkpointing: bool = False) -> None:
         super().__init__()
-        if not isinstance(getattr(model, "score", None), nn.Linear) or model.score.out_features != 1:
+        head = getattr(without_wrapper(model), "score", None)
+        head = getattr(head, "original_module", head)  # peft keeps the trained head beside the one it was
+        if not isinstance(head, nn.Linear) or head.out_features != 1:
             raise UserError("the critic must be a sequence classifier with one label and a linear head named `score`")
         disable_dropout(model)
         self.model = model
+        self.recomputed = Recomputed(model, gradient_checkpointing)
 
     def forward(self, ids: Tensor, predicts: Tensor) -> Tensor:
         """`ids` (b, t) long, `predicts` (b, t) bool → (N,) float32 in the order of TokenLogprobs."""
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[predicts]
+        model = without_wrapper(self.model)
+        with self.recomputed:
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[predicts]
         # The head is one row: fp32 costs nothing, and bf16 would round returns near 1 to steps of 0.008.
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.model.score(hidden.float()).squeeze(-1)
+            return model.score(hidden.float()).squeeze(-1)

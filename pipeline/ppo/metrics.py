@@ -1,9 +1,44 @@
-"""Sums over the tokens of an update's mini-batches, turned into means over all processes at the end."""
+"""The figures of an update: of its answers before the first step, and means over its optimizer steps."""
+
+import math
 
 import torch
 from torch import Tensor
 
+from pipeline.ppo import algorithm as A
 from pipeline.ppo.algorithm import Reduce
+from pipeline.ppo.rollout import Rollout
+
+
+def rollout_metrics(rollout: Rollout, kl: Tensor, kl_coef: float, reduce: Reduce | None) -> dict[str, float]:
+    """Means over the answers (kl, scores, …: sums over an answer's tokens) or tokens (entropy) of all processes."""
+    mask, lengths, scores = rollout.mask, rollout.response_lengths.float(), rollout.scores
+    k3 = A.kl_k3(rollout.logprobs, rollout.ref_logprobs)
+    one = torch.ones_like(scores)
+    per_token = [(table * mask).sum(1) for table in (kl, k3, rollout.entropy)]
+    per_answer = [one, lengths, scores, scores**2, (~rollout.ended).float(), per_token[0] ** 2]
+    sums = torch.stack(per_token + per_answer, dim=1).double().sum(0)
+    sums = (reduce(sums) if reduce else sums).tolist()
+    kl1, kl3, entropy, count, length, score, score_squared, truncated, kl_squared = sums
+    mean_kl, mean_score, penalty = kl1 / count, score / count, -kl_coef * kl1 / count
+    metrics = {
+        "objective/kl": mean_kl,
+        "objective/kl_k3": kl3 / count,
+        "objective/kl_std": math.sqrt(max(0.0, kl_squared / count - mean_kl**2)),
+        "objective/kl_coef": kl_coef,
+        "objective/scores": mean_score,
+        "objective/scores_std": math.sqrt(max(0.0, score_squared / count - mean_score**2)),
+        "objective/non_score_reward": penalty,
+        "objective/rlhf_reward": mean_score + penalty,
+        "objective/entropy": entropy / length,
+        "response/length": length / count,
+        "response/without_eos": truncated / count,
+        "val/explained_variance": A.explained_variance(rollout.values, rollout.returns, mask, reduce).item(),
+    }
+    if rollout.sampler_logprobs is not None:
+        gap = (rollout.sampler_logprobs - rollout.logprobs).abs()
+        metrics["val/sampler_gap"] = A.masked_mean(gap, mask, reduce).item()
+    return metrics
 
 
 class MetricSums:
@@ -28,10 +63,14 @@ class MetricSums:
         self.open = {}
 
     def means(self, reduce: Reduce | None) -> dict[str, float]:
-        """Mean over mini-batches of the mean over tokens; `val/ratio_first` is of the first mini-batch alone."""
+        """Mean over mini-batches of the mean over tokens.
+
+        `val/ratio_first` and `val/ratio_first_var` (mean square of ρ − 1) are of the first mini-batch alone.
+        """
         rows = {name: torch.stack(values).mean() for name, values in self.shares.items()}
         if "val/ratio" in self.shares:
             rows["val/ratio_first"] = self.shares["val/ratio"][0]
+            rows["val/ratio_first_var"] = self.shares["val/ratio_var"][0]
         table = torch.stack(list(rows.values()))
         values = dict(zip(rows, (reduce(table) if reduce else table).tolist(), strict=True))
         if "val/ratio" in values:

@@ -1,5 +1,6 @@
 """What one update learns from: prompts, sampled answers, scores, log-probabilities and values."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.ppo.algorithm import length_mask, response_positions
-from pipeline.tokenizer import prompt_ids
+from pipeline.tokenizer import encode, prompt_ids
+from reward_data.formats import text_of
 
 Plan = list[list[Tensor]]
 """Mini-batches of micro-batches of row numbers."""
@@ -74,7 +76,7 @@ class Rollout:
     prompt_lengths: Tensor  # (B,) long
     response_lengths: Tensor  # (B,) long, the end token counted
     ended: Tensor  # (B,) bool: an end token was sampled
-    sampler_logprobs: Tensor  # (B, R) as the sampler computed them; only looked at
+    sampler_logprobs: Tensor | None  # (B, R) as the sampler computed them, where they are known
     scores: Tensor  # (B,) float, the penalty for a missing end token taken off
     logprobs: Tensor = field(init=False)  # (B, R) of the policy that sampled
     ref_logprobs: Tensor = field(init=False)  # (B, R)
@@ -82,6 +84,7 @@ class Rollout:
     values: Tensor = field(init=False)  # (B, R)
     advantages: Tensor = field(init=False)  # (B, R)
     returns: Tensor = field(init=False)  # (B, R)
+    weights: Tensor | None = None  # (B, R) of the policy's loss, where the sampler is corrected for
 
     @property
     def lengths(self) -> Tensor:
@@ -114,6 +117,72 @@ class Rollout:
             for table, flat in zip(found, result if outputs > 1 else [result], strict=True):
                 table[rows] = torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat.float())
         return found
+
+
+def rollout_of(
+    prompts: list[list[int]], completions: list[list[int]], scores: list[float], end_tokens: list[int], pad_token: int,
+    logprobs: list[Any] | None, device: torch.device,
+) -> Rollout:  # fmt: skip
+    """Rows that somebody else sampled, as a Rollout: token ids of each, the end token of an answer included."""
+
+    def table(rows: list[Any], pad: float, dtype: torch.dtype) -> Tensor:
+        width = max(map(len, rows))
+        return torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], dtype=dtype, device=device)
+
+    def vector(values: list[Any]) -> Tensor:
+        return torch.tensor(values, device=device)
+
+    rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
+    return Rollout(
+        table(rows, pad_token, torch.long),
+        vector([len(ids) for ids in prompts]),
+        vector([len(ids) for ids in completions]),
+        vector([ids[-1] in end_tokens for ids in completions]),
+        None if logprobs is None else table(logprobs, 0.0, torch.float32),
+        torch.tensor(scores, dtype=torch.float32, device=device),
+    )
+
+
+def as_ids(rows: Sequence[Any], tokenizer: Any, end_token: int | None = None) -> list[list[int]]:
+    """Prompts or answers as token ids: each is ids (a list or tensor) already, or text, or a list of messages.
+
+    With `end_token` they are answers: text is encoded as it is and ended by that token.
+    """
+    found = []
+    for row in rows:
+        if isinstance(row, str) or (isinstance(row, list) and row and isinstance(row[0], dict)):
+            if end_token is None:
+                found += prompt_ids(tokenizer, [row])
+            else:
+                found.append([*encode(tokenizer, [text_of(row)], add_special_tokens=False)[0], end_token])
+        else:
+            found.append([int(token) for token in row])
+    return found
+
+
+def check_rows(
+    prompts: list[list[int]], completions: list[list[int]], scores: list[float], logprobs: list[Any] | None,
+    expected: int, context: int | None,
+) -> None:  # fmt: skip
+    """Raise UserError for rows that `PPOTrainer.step` cannot learn from."""
+    given = {"prompts": prompts, "completions": completions, "scores": scores}
+    for name, rows in (given | ({"logprobs": logprobs} if logprobs is not None else {})).items():
+        if len(rows) != expected:
+            raise UserError(f"step: {len(rows)} {name}, but batch_size asks for {expected} on each process")
+    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        if not prompt or not completion:
+            raise UserError(f"step, row {i}: the prompt or the completion is empty; give each at least one token")
+        if context is not None and len(prompt) + len(completion) > context:
+            raise UserError(
+                f"step, row {i}: a prompt of {len(prompt)} tokens and a completion of {len(completion)} do not fit the "
+                f"model's context of {context}; shorten them"
+            )
+        if not math.isfinite(scores[i]):
+            raise UserError(f"step, row {i}: the score is {scores[i]}; give a finite number")
+        if logprobs is not None and len(logprobs[i]) != len(completion):
+            raise UserError(
+                f"step, row {i}: {len(logprobs[i])} logprobs for {len(completion)} tokens of completion; give one each"
+            )
 
 
 def plan_epoch(lengths: Tensor, num_mini_batches: int, micro_batch_size: int, generator: torch.Generator) -> Plan:

@@ -9,7 +9,7 @@ from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.ppo_config import PPOConfig
-from pipeline.rewards import RewardFunction, WeightedRewards
+from pipeline.rewards import RewardFunction, WeightedRewards, name_of
 from pipeline.runtime import use_bf16
 
 
@@ -22,6 +22,11 @@ def build_accelerator(args: PPOConfig) -> Accelerator:
 def build_optimizer(model: nn.Module, args: PPOConfig, learning_rate: float) -> torch.optim.AdamW:
     """AdamW whose weight decay leaves out norms and biases."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if any(p.dtype != torch.float32 for p in parameters):
+        raise UserError(
+            f"{type(model).__name__}: its trained weights are not in fp32, which rounds small steps away; load it with "
+            "dtype=torch.float32 (mixed_precision computes in bf16 all the same)"
+        )
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": args.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -39,8 +44,7 @@ def combine_rewards(rewards: RewardFunction | Sequence[RewardFunction]) -> Rewar
     functions = [rewards] if callable(rewards) else list(rewards)
     if not functions:
         raise UserError("no reward is given; pass at least one function or reward model")
-    named = [(getattr(f, "path", getattr(f, "__name__", type(f).__name__)), f, 1.0) for f in functions]
-    return WeightedRewards(named)
+    return WeightedRewards([(name_of(f), f, 1.0) for f in functions])
 
 
 def check_config(args: PPOConfig, world: int, tokenizer: Any) -> None:
@@ -53,18 +57,34 @@ def check_config(args: PPOConfig, world: int, tokenizer: Any) -> None:
             f"{args.num_mini_batches} × {world}; change one of them"
         )
     counts = ("total_episodes", "batch_size", "num_mini_batches", "num_ppo_epochs", "per_device_train_batch_size",
-              "response_length", "logging_steps")  # fmt: skip
+              "response_length", "logging_steps", "num_generations", "adaptive_kl_horizon",
+              "ptx_batch_size", "ptx_max_length")  # fmt: skip
     for name in counts:
         if getattr(args, name) < 1:
             raise UserError(f"{name}: {getattr(args, name)} is too small; give a positive whole number")
-    positive = ("temperature", "learning_rate", "critic_learning_rate", "cliprange", "cliprange_value", "max_grad_norm")
+    positive = ("temperature", "learning_rate", "critic_learning_rate", "cliprange", "max_grad_norm")
     for name in positive:
         if not getattr(args, name) > 0:
             raise UserError(f"{name}: {getattr(args, name)} must be above 0")
     for name in ("kl_coef", "missing_eos_penalty", "critic_warmup_updates", "warmup_steps", "weight_decay",
-                 "eval_steps", "save_steps"):  # fmt: skip
+                 "eval_steps", "save_steps", "ref_sync_updates", "entropy_coef", "ptx_coef"):  # fmt: skip
         if not getattr(args, name) >= 0:
             raise UserError(f"{name}: {getattr(args, name)} must not be negative")
+    if args.batch_size % (world * args.num_generations):
+        raise UserError(
+            f"batch_size {args.batch_size} must be a multiple of num_generations × processes = "
+            f"{args.num_generations} × {world}; change one of them"
+        )
+    for name, low in (("dual_clip", 1), ("adaptive_kl_target", 0), ("target_kl", 0), ("cliprange_high", 0),
+                      ("cliprange_value", 0), ("score_clip", 0), ("sampler_weight_cap", 0)):  # fmt: skip
+        if getattr(args, name) is not None and not getattr(args, name) > low:
+            raise UserError(f"{name}: {getattr(args, name)} must be above {low}, or none")
+    if args.ema_decay is not None and not 0 < args.ema_decay < 1:
+        raise UserError(f"ema_decay: {args.ema_decay} must lie between 0 and 1, or be none")
+    if args.adaptive_kl_target is not None and args.kl_coef == 0:
+        raise UserError("adaptive_kl_target: a kl_coef of 0 stays 0; give kl_coef a start above 0")
+    if args.ptx_coef and args.ptx_batch_size % world:
+        raise UserError(f"ptx_batch_size {args.ptx_batch_size} must be a multiple of the {world} processes")
     if args.critic_warmup_updates * args.batch_size >= args.total_episodes:
         raise UserError(
             f"critic_warmup_updates {args.critic_warmup_updates} leaves no update of {args.batch_size} episodes to the "

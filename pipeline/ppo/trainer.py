@@ -4,15 +4,17 @@
     trainer.train()
     trainer.save_model("runs/ppo")
 
-`train` reads from top to bottom: sample answers, score them, turn scores into advantages, take optimizer steps. What is
-computed stands in algorithm.py, what is looked at in rollout.py and forward.py; how state is kept in state.py.
+`train` reads from top to bottom: sample answers and score them, turn scores into advantages, take optimizer steps; with
+`step` the answers and scores are the caller's. The last two are learner.py. What is computed stands in algorithm.py,
+what is looked at in rollout.py and forward.py, options with a state of their own in extras.py; evaluation.py looks at
+held-out prompts, watch.py warns, state.py keeps.
 """
 
 import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +24,43 @@ from torch import Tensor, nn
 
 from pipeline.checkpoint import latest_checkpoint
 from pipeline.errors import UserError
+from pipeline.models import is_lora, save_whole
 from pipeline.ppo import algorithm as A
-from pipeline.ppo.forward import TokenLogprobs, TokenValues
-from pipeline.ppo.metrics import MetricSums
-from pipeline.ppo.rollout import Plan, PromptBatch, Prompts, Rollout, decode_completions, plan_epoch, seeded
+from pipeline.ppo.evaluation import evaluate, keep_best
+from pipeline.ppo.extras import Average, PretrainingText
+from pipeline.ppo.forward import ReferenceLogprobs, TokenLogprobs, TokenValues
+from pipeline.ppo.learner import Learner
+from pipeline.ppo.rollout import (
+    PromptBatch,
+    Prompts,
+    Rollout,
+    as_ids,
+    check_rows,
+    decode_completions,
+    rollout_of,
+    seeded,
+)
 from pipeline.ppo.setup import build_accelerator, build_optimizer, check_config, combine_rewards
 from pipeline.ppo.state import load_state, save_state
+from pipeline.ppo.watch import watch_evaluation, watch_update
 from pipeline.ppo_config import PPOConfig
-from pipeline.rewards import RewardFunction, checked
+from pipeline.rewards import RewardFunction, add_to_moments, scale_scores
 from pipeline.sampler import Samples, generate
 from pipeline.tokenizer import stop_ids
 
 Callback = Callable[["PPOTrainer", dict[str, float]], None]
-# First numbers of the seeds, so that no two uses draw the same: the order of prompts has 1 (rollout.py).
-SAMPLING, SHUFFLING, EVALUATION = 2, 3, 4
+# First number of the seed, so that no two uses draw the same; others have 1 (rollout.py), 3, 5 (learner.py) and 4
+# (evaluation.py).
+SAMPLING = 2
 
 
-class PPOTrainer:
+class PPOTrainer(Learner):
     """PPO with a policy, a frozen reference, rewards and a critic of its own network.
 
-    policy            causal language model of transformers or pipeline.gpt; trained in place
-    reference         model of the same vocabulary, frozen here; None: a copy of the policy as it is now
+    policy            causal language model of transformers or pipeline.gpt, or one with LoRA (a PeftModel); trained in
+                      place
+    reference         model of the same vocabulary, frozen here; None: a copy of the policy as it is now, or the policy
+                      with its adapter switched off
     rewards           `f(prompts, completions, **columns) -> list[float]`, or several, which are added up
     critic            sequence classifier with one label; trained in place
     args              PPOConfig
@@ -52,6 +70,7 @@ class PPOTrainer:
     stage             pipeline.runtime.Stage for logging, progress and the resume point; None: plain prints
     gold              function like a reward that is only looked at, on eval_dataset
     callbacks         each is called as `callback(trainer, metrics)` after every update
+    ptx_dataset       texts, or rows with `text`: the pretraining text of `args.ptx_coef`
 
     Raises UserError before any work where arguments, models and data do not fit together.
     """
@@ -69,6 +88,7 @@ class PPOTrainer:
         stage: Any = None,
         gold: RewardFunction | None = None,
         callbacks: Sequence[Callback] | None = None,
+        ptx_dataset: Any = None,
     ) -> None:
         self.args, self.stage, self.gold, self.callbacks = args, stage, gold, list(callbacks or ())
         self.accelerator: Accelerator = stage.accelerator if stage else build_accelerator(args)
@@ -79,19 +99,27 @@ class PPOTrainer:
 
         self.tokenizer, self.end_tokens = processing_class, stop_ids(policy, processing_class)
         self.pad_token = processing_class.pad_token_id if processing_class.pad_token_id is not None else 0
-        context = getattr(policy.config, "max_position_embeddings", None)
+        self.context = context = getattr(policy.config, "max_position_embeddings", None)
         self.prompts = Prompts(train_dataset, self.tokenizer, args.response_length, context, "train_dataset")
         self.eval_prompts = None
         if eval_dataset is not None:
             self.eval_prompts = Prompts(eval_dataset, self.tokenizer, args.response_length, context, "eval_dataset")
         self.rewards = combine_rewards(rewards)
+        if args.best_metric == "gold" and args.eval_steps and gold is None:
+            raise UserError("best_metric is gold but there is no gold judge; give one, or choose another figure")
+        self.ptx = PretrainingText(ptx_dataset, self.tokenizer, args.ptx_max_length) if args.ptx_coef else None
 
-        if reference is None or reference is policy:
-            reference = copy.deepcopy(policy)
         self.policy, self.critic = policy.to(self.device), critic.to(self.device)
-        self.policy_forward = TokenLogprobs(self.policy, args.temperature)
-        self.reference_forward = TokenLogprobs(reference.to(self.device).requires_grad_(False), args.temperature)
-        self.critic_forward = TokenValues(self.critic)
+        if reference is not None and reference is not policy:
+            self.reference_forward = TokenLogprobs(reference.to(self.device).requires_grad_(False), args.temperature)
+        elif is_lora(policy):
+            if args.ref_sync_updates:
+                raise UserError("ref_sync_updates: a policy with LoRA needs a reference of its own for it; pass one")
+            self.reference_forward = ReferenceLogprobs(self.policy, args.temperature)
+        else:
+            self.reference_forward = TokenLogprobs(copy.deepcopy(policy).requires_grad_(False), args.temperature)
+        self.policy_forward = TokenLogprobs(self.policy, args.temperature, args.gradient_checkpointing)
+        self.critic_forward = TokenValues(self.critic, args.gradient_checkpointing)
         self.policy_optimizer = build_optimizer(self.policy, args, args.learning_rate)
         self.critic_optimizer = build_optimizer(self.critic, args, args.critic_learning_rate)
         # Without gradients the modules above run as they are; training goes through DistributedDataParallel.
@@ -101,143 +129,128 @@ class PPOTrainer:
         self.total_updates = math.ceil(args.total_episodes / args.batch_size)
         self.updates_done, self.tokens, self.seconds = 0, 0, 0.0
         self.metrics: dict[str, float] = {}  # of the last update
+        self.kl_coef = args.kl_coef  # β, which adaptive_kl_target moves
+        self.average = Average(self.policy, args.ema_decay) if args.ema_decay is not None else None
+        self.best: dict[str, Any] | None = None  # figure and step of the best held-out evaluation
+        self.baseline: list[float] | None = None  # verdicts on the reference's held-out answers
+        self.watched: dict[str, Any] = {}
+        self.score_moments = [0.0, 0.0, 0.0]  # of all scores so far, for normalize_scores
 
     # --- the story ----------------------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, float]:
         """Run the updates that are left, from the newest checkpoint if there is one; returns the final metrics."""
-        self._resume()
+        self.resume()
         if self.updates_done == 0:
             self.evaluate_if_due()
         with self._progress() as advance:
             for update in range(self.updates_done, self.total_updates):
                 start = time.perf_counter()
-                self.set_learning_rates(update)
-                rollout, metrics = self.sample(update)
-                judged = self.score(rollout, update)
-                metrics |= judged | {"time/score": metrics["time/score"] + judged["time/score"]}
-                metrics |= self.optimise(rollout, update)
-                self.updates_done = update + 1
-                self._account(metrics, rollout, time.perf_counter() - start)
-                for callback in self.callbacks:
-                    callback(self, metrics)
-                self.evaluate_if_due()
-                self._save_if_due()
+                metrics = self.learn(*self.sample(update), start)
                 advance(1, f"{metrics['episodes_per_s']:.1f} episodes/s")
         return self.final_metrics()
+
+    def step(
+        self, prompts: Sequence[Any], completions: Sequence[Any], scores: Any, logprobs: Sequence[Any] | None = None
+    ) -> dict[str, float]:
+        """One update from answers that the caller sampled and scored, for a loop of one's own; returns its metrics.
+
+        prompts      batch_size / processes of them: token ids (list or tensor), text, or messages
+        completions  as many: token ids, the end token included where there is one, or text (or messages), which is
+                     taken as ended
+        scores       as many numbers; missing_eos_penalty is taken off here
+        logprobs     log-probabilities of each completion's tokens as the sampler had them, if `args.sampler_weight_cap`
+                     is to correct for them and `val/sampler_gap` to show them
+
+        Does what `train` does with its own answers, evaluation, checkpoints and callbacks included; the learning rate's
+        course ends at `args.total_episodes`. To go on from a checkpoint, call `resume` before the loop.
+        Raises UserError for rows that do not fit, and after the last update.
+        """
+        if self.updates_done >= self.total_updates:
+            raise UserError(f"step: all {self.total_updates} updates of total_episodes are done; raise total_episodes")
+        if self.args.sampler_weight_cap is not None and logprobs is None:
+            raise UserError("step: sampler_weight_cap is set; pass the sampler's logprobs, or set it to none")
+        asked, said = as_ids(prompts, self.tokenizer), as_ids(completions, self.tokenizer, self.end_tokens[0])
+        scores = [float(score) for score in scores]
+        check_rows(asked, said, scores, logprobs, self.args.batch_size // self.world, self.context)
+        if self.updates_done == 0:
+            self.evaluate_if_due()
+        start = time.perf_counter()
+        rollout = rollout_of(asked, said, scores, self.end_tokens, self.pad_token, logprobs, self.device)
+        rollout.scores, metrics = self.shape_scores(rollout.scores, rollout.ended)
+        return self.learn(rollout, metrics | {"time/sample": 0.0, "time/score": 0.0}, start)
+
+    def learn(self, rollout: Rollout, metrics: dict[str, float], start: float) -> dict[str, float]:
+        """One update from scored answers, and what follows it; `metrics` are those of sampling, begun at `start`."""
+        update = self.updates_done
+        self.set_learning_rates(update)
+        judged = self.score(rollout, update)
+        metrics |= judged | {"time/score": metrics["time/score"] + judged["time/score"]}
+        metrics |= self.optimise(rollout, update)
+        self._follow(metrics, update)
+        self.updates_done = update + 1
+        self._account(metrics, rollout, time.perf_counter() - start)
+        for callback in self.callbacks:
+            callback(self, metrics)
+        self.evaluate_if_due()
+        self._save_if_due()
+        return metrics
 
     def sample(self, update: int) -> tuple[Rollout, dict[str, float]]:
         """Answer this process's share of the update's prompts and score the answers."""
         args, start = self.args, self._clock()
-        indices = self.prompts.order(update * args.batch_size, args.batch_size, args.seed)
-        batch = self.prompts.take(indices[self.rank :: self.world])
+        count = args.batch_size // args.num_generations
+        indices = self.prompts.order(update * count, count, args.seed)
+        batch = self.prompts.take([i for i in indices[self.rank :: self.world] for _ in range(args.num_generations)])
         samples = self.generate(batch, seeded(args.seed, SAMPLING, update, self.rank))
         sampled = self._clock()
         completions = decode_completions(samples, batch.prompts, self.tokenizer)
-        scores = torch.tensor(self.rewards(batch.prompts, completions, **batch.columns), device=self.device)
+        scores, metrics = self.shape_scores(self.judge(batch, completions), samples.ended)
         rollout = Rollout(
             samples.sequences,
             samples.prompt_lengths,
             samples.response_lengths,
             samples.ended,
             samples.logprobs,
-            scores - args.missing_eos_penalty * (~samples.ended),
+            scores,
         )
-        return rollout, {"time/sample": sampled - start, "time/score": self._clock() - sampled}
-
-    def score(self, rollout: Rollout, update: int) -> dict[str, float]:
-        """Fill in log-probabilities, values, advantages and returns.
-
-        The micro-batches are those of the first epoch, so the policy's log-probabilities come out of the same
-        computation as in training: to the bit, the ratio at the first step is 1 and the KL to an equal reference 0.
-        """
-        args, start = self.args, self._clock()
-        plan = self.plan(rollout, update, epoch=0)
-        with self.accelerator.autocast():
-            rollout.logprobs, rollout.entropy = rollout.per_token(
-                lambda *inputs: self.policy_forward(*inputs, entropy=True), plan, outputs=2
-            )
-            (rollout.ref_logprobs,) = rollout.per_token(lambda *inputs: self.reference_forward(*inputs)[0], plan)
-            (rollout.values,) = rollout.per_token(self.critic_forward, plan)
-
-        lengths, mask = rollout.response_lengths, rollout.mask
-        kl = A.kl_k1(rollout.logprobs, rollout.ref_logprobs)
-        rewards = A.place_rewards(rollout.scores, kl, lengths, args.kl_coef)
-        rollout.returns = A.gae(rewards, rollout.values, lengths, args.gamma, args.lam_value) + rollout.values * mask
-        advantages = A.gae(rewards, rollout.values, lengths, args.gamma, args.lam)
-        rollout.advantages = A.masked_whiten(advantages, mask, self.reduce)
-
-        metrics = self._rollout_metrics(rollout, kl)
-        metrics["time/score"] = self._clock() - start
-        return metrics
-
-    def optimise(self, rollout: Rollout, update: int) -> dict[str, float]:
-        """`num_ppo_epochs` × `num_mini_batches` optimizer steps of critic and, after its warm-up, policy."""
-        start = self._clock()
-        log = MetricSums()
-        self.policy_moves = update >= self.args.critic_warmup_updates
-        for epoch in range(self.args.num_ppo_epochs):
-            plan = self.plan(rollout, update, epoch)
-            counts = torch.stack([rollout.response_lengths[torch.cat(rows)].sum() for rows in plan]).float()
-            counts = self.reduce(counts) if self.reduce else counts
-            for micro_batches, tokens in zip(plan, counts, strict=True):
-                self.critic_step(rollout, micro_batches, tokens, log)
-                if self.policy_moves:
-                    self.policy_step(rollout, micro_batches, tokens, log)
-        metrics = log.means(self.reduce)
-        if not all(map(math.isfinite, metrics.values())):
-            raise UserError(
-                f"ppo: a loss or gradient of update {update + 1} is not a finite number; lower learning_rate or "
-                "critic_learning_rate, and start again from the last checkpoint"
-            )
-        metrics["time/update"] = self._clock() - start
-        return metrics
-
-    def critic_step(self, rollout: Rollout, micro_batches: list[Tensor], tokens: Tensor, log: MetricSums) -> None:
-        """One step on the mean value loss over all `tokens` of a mini-batch, summed up micro-batch by micro-batch."""
-        for rows, sync in self._micro_batches(micro_batches, self.critic_train):
-            with sync:
-                old_values, returns = rollout.flat(rollout.values, rows), rollout.flat(rollout.returns, rows)
-                values = self.critic_train(*rollout.inputs(rows))
-                loss, sums = A.value_loss(values, old_values, returns, self.args.cliprange_value)
-                # DistributedDataParallel takes the mean over processes; `tokens` counts those of all processes.
-                self.accelerator.backward(loss * self.world / tokens)
-            log.add({"loss/value_avg": loss.detach(), **sums})
-        log.close(tokens, {"critic/grad_norm": self._clip_and_step(self.critic_train, self.critic_optimizer)})
-
-    def policy_step(self, rollout: Rollout, micro_batches: list[Tensor], tokens: Tensor, log: MetricSums) -> None:
-        """One step on the mean clipped surrogate over all `tokens`; past `target_kl` none, and no more this update."""
-        for rows, sync in self._micro_batches(micro_batches, self.policy_train):
-            with sync:
-                old, advantages = rollout.flat(rollout.logprobs, rows), rollout.flat(rollout.advantages, rows)
-                logprobs, _ = self.policy_train(*rollout.inputs(rows))
-                loss, sums = A.policy_loss(logprobs, old, advantages, self.args.cliprange)
-                self.accelerator.backward(loss * self.world / tokens)
-            log.add({"loss/policy_avg": loss.detach(), **sums})
-        if self._too_far(log.open["policy/approxkl_avg"] / tokens):
-            self.policy_moves = False
-            self.policy_optimizer.zero_grad()
-            log.close(tokens, {})
-            return
-        log.close(tokens, {"policy/grad_norm": self._clip_and_step(self.policy_train, self.policy_optimizer)})
-
-    def _too_far(self, approxkl: Tensor) -> bool:
-        if self.args.target_kl is None:
-            return False
-        return float(self.reduce(approxkl) if self.reduce else approxkl) > self.args.target_kl
+        return rollout, metrics | {"time/sample": sampled - start, "time/score": self._clock() - sampled}
 
     # --- its parts ----------------------------------------------------------------------------------------------------
 
-    def plan(self, rollout: Rollout, update: int, epoch: int) -> Plan:
-        """This epoch's mini-batches of micro-batches; the same on every call."""
-        shuffle = seeded(self.args.seed, SHUFFLING, update, epoch, self.rank)
-        return plan_epoch(rollout.lengths, self.args.num_mini_batches, self.args.per_device_train_batch_size, shuffle)
+    def judge(self, batch: PromptBatch, completions: list[Any]) -> Tensor:
+        """The rewards' scores; if one fails, on any process, the state is saved and every process stops."""
+        failure, scores = None, [0.0]
+        try:
+            scores = self.rewards(batch.prompts, completions, **batch.columns)
+        except UserError as error:
+            failure = error
+        failed = torch.tensor(float(failure is not None), device=self.device)
+        if self.reduce(failed) if self.reduce else failed:
+            save_state(self)
+            where = f"after update {self.updates_done} is kept in {self.checkpoints}"
+            raise UserError(f"{failure or 'a reward failed on another process'}; the state {where}") from failure
+        return torch.tensor(scores, device=self.device)
 
-    def generate(self, batch: PromptBatch, random: torch.Generator) -> Samples:
-        """Sample one answer a prompt at `args.temperature`."""
+    def shape_scores(self, scores: Tensor, ended: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Scores as an update takes them: normalised, clipped, less the penalty for no end token.
+
+        Also the mean of what came in, for the log, where normalising or clipping hides it.
+        """
+        args, metrics = self.args, {}
+        if args.normalize_scores or args.score_clip is not None:
+            one = torch.ones_like(scores, dtype=torch.bool)
+            metrics["objective/scores_raw"] = A.masked_mean(scores, one, self.reduce).item()
+        if args.normalize_scores:
+            self.score_moments = add_to_moments(self.score_moments, scores, self.reduce)
+        scores = scale_scores(scores, self.score_moments if args.normalize_scores else None, args.score_clip)
+        return scores - args.missing_eos_penalty * (~ended), metrics
+
+    def generate(self, batch: PromptBatch, random: torch.Generator, model: nn.Module | None = None) -> Samples:
+        """Sample one answer a prompt at `args.temperature`, of the policy or of another model."""
         with self.accelerator.autocast():
             return generate(
-                self.policy,
+                model or self.policy,
                 batch.ids,
                 max_new_tokens=self.args.response_length,
                 temperature=self.args.temperature,
@@ -246,57 +259,7 @@ class PPOTrainer:
                 generator=random,
             )
 
-    def _micro_batches(self, rows: list[Tensor], model: nn.Module) -> Iterator[tuple[Tensor, Any]]:
-        """Micro-batches, each with the context for its backward pass: processes sum gradients in the last one only."""
-        for i, part in enumerate(rows):
-            yield part, contextlib.nullcontext() if i + 1 == len(rows) else self.accelerator.no_sync(model)
-
-    def _clip_and_step(self, model: nn.Module, optimizer: Any) -> Tensor:
-        norm = self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        return norm.detach()
-
-    def set_learning_rates(self, update: int) -> None:
-        """Warm-up and decay as a function of the number of updates done, so there is no scheduler state."""
-        args = self.args
-        factor = min(1.0, (update + 1) / args.warmup_steps) if args.warmup_steps else 1.0
-        if args.lr_scheduler_type == "linear":
-            factor *= 1 - update / self.total_updates
-        for optimizer, rate in (
-            (self.policy_optimizer, args.learning_rate),
-            (self.critic_optimizer, args.critic_learning_rate),
-        ):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * factor
-
     # --- what is seen -------------------------------------------------------------------------------------------------
-
-    def _rollout_metrics(self, rollout: Rollout, kl: Tensor) -> dict[str, float]:
-        """Means over the answers (kl, scores, …: sums over an answer's tokens) or tokens (entropy) of all processes."""
-        mask, lengths, scores = rollout.mask, rollout.response_lengths.float(), rollout.scores
-        k3 = A.kl_k3(rollout.logprobs, rollout.ref_logprobs)
-        gap = (rollout.sampler_logprobs - rollout.logprobs).abs()
-        one = torch.ones_like(scores)
-        per_token = [(table * mask).sum(1) for table in (kl, k3, rollout.entropy, gap)]
-        per_answer = [one, lengths, scores, scores**2, (~rollout.ended).float()]
-        sums = torch.stack(per_token + per_answer, dim=1).double().sum(0)
-        sums = (self.reduce(sums) if self.reduce else sums).tolist()
-        kl1, kl3, entropy, gap, count, length, score, score_squared, truncated = sums
-        mean_score, penalty = score / count, -self.args.kl_coef * kl1 / count
-        return {
-            "objective/kl": kl1 / count,
-            "objective/kl_k3": kl3 / count,
-            "objective/scores": mean_score,
-            "objective/scores_std": math.sqrt(max(0.0, score_squared / count - mean_score**2)),
-            "objective/non_score_reward": penalty,
-            "objective/rlhf_reward": mean_score + penalty,
-            "objective/entropy": entropy / length,
-            "response/length": length / count,
-            "response/without_eos": truncated / count,
-            "val/sampler_gap": gap / length,
-            "val/explained_variance": A.explained_variance(rollout.values, rollout.returns, mask, self.reduce).item(),
-        }
 
     def _account(self, metrics: dict[str, float], rollout: Rollout, seconds: float) -> None:
         """Count what an update did and log it."""
@@ -304,18 +267,31 @@ class PPOTrainer:
         self.tokens += round(metrics["response/length"] * self.args.batch_size)
         self.seconds += seconds
         metrics["lr"] = self.policy_optimizer.param_groups[0]["lr"]
+        metrics["critic/lr"] = self.critic_optimizer.param_groups[0]["lr"]
         metrics["episodes_per_s"] = self.args.batch_size / seconds
-        if self.updates_done % self.args.logging_steps == 0 or self.updates_done == self.total_updates:
-            self.log(metrics)
+        metrics["seconds_left"] = (self.total_updates - self.updates_done) * self.seconds / self.updates_done
+        due = self.updates_done % self.args.logging_steps == 0 or self.updates_done == self.total_updates
+        self._log_with(watch_update(self.watched, metrics, self.args.batch_size), metrics, due)
 
-    def log(self, metrics: dict[str, float]) -> None:
+    def _log_with(self, warnings: list[str], metrics: dict[str, Any], due: bool = True) -> None:
+        """Log metrics that are due, or that there is a warning about; it stands in their line, and on the screen."""
+        if due or warnings:
+            self.log(metrics | ({"warning": " ".join(warnings)} if warnings else {}))
+        for sentence in warnings:
+            if self.stage:
+                self.stage.say(f"warning: {sentence}")
+            elif self.is_main:
+                print(f"warning: {sentence}", flush=True)
+
+    def log(self, metrics: dict[str, Any]) -> None:
         """One line of metrics under the number of updates and episodes so far."""
         row = {"step": self.updates_done, "episode": self.updates_done * self.args.batch_size}
-        row |= {name: round(value, 8) for name, value in metrics.items()}
+        row |= {name: round(value, 8) if isinstance(value, float) else value for name, value in metrics.items()}
         if self.stage:
             self.stage.log(row)
         elif self.is_main:
-            print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
+            numbers = {name: value for name, value in row.items() if not isinstance(value, str)}
+            print("  ".join(f"{name} {value:.4g}" for name, value in numbers.items()), flush=True)
 
     def final_metrics(self) -> dict[str, float]:
         """What a stage records: episodes and their speed over the whole run, KL and scores of the last update."""
@@ -329,51 +305,41 @@ class PPOTrainer:
             self.updates_done % self.args.eval_steps == 0 or self.updates_done == self.total_updates
         )
         if due and self.eval_prompts is not None:
-            self.log(self.evaluate())
+            try:
+                metrics = self.evaluate()
+            except UserError:  # a reward or judge that failed; with more processes not all of them are here
+                if self.world == 1:
+                    save_state(self)
+                raise
+            self._log_with(watch_evaluation(self.watched, metrics), metrics)
+            keep_best(self, metrics)
 
     def evaluate(self) -> dict[str, float]:
-        """Answer every held-out prompt with the same random numbers each time: reward, gold, KL, length."""
-        sums = torch.zeros(5, dtype=torch.double, device=self.device)
-        own = range(self.rank, len(self.eval_prompts), self.world)
-        for start in range(0, len(own), self.args.batch_size):
-            batch = self.eval_prompts.take(own[start : start + self.args.batch_size])
-            samples = self.generate(batch, seeded(self.args.seed, EVALUATION, start, self.rank))
-            answers = decode_completions(samples, batch.prompts, self.tokenizer)
-            proxy = self.rewards(batch.prompts, answers, **batch.columns)
-            gold = checked("gold", self.gold, batch.prompts, answers, batch.columns) if self.gold else [0.0]
-            rollout = Rollout(samples.sequences, samples.prompt_lengths, samples.response_lengths, samples.ended,
-                              samples.logprobs, torch.tensor(proxy, device=self.device))  # fmt: skip
-            everything = torch.arange(len(batch.ids), device=self.device)
-            plan = [list(everything.split(self.args.per_device_train_batch_size))]
-            with self.accelerator.autocast():
-                (logprobs,) = rollout.per_token(lambda *inputs: self.policy_forward(*inputs)[0], plan)
-                (ref_logprobs,) = rollout.per_token(lambda *inputs: self.reference_forward(*inputs)[0], plan)
-            kl = A.kl_k1(logprobs, ref_logprobs).sum().item()
-            found = [len(batch.ids), sum(proxy), sum(gold), kl, float(samples.response_lengths.sum())]
-            sums += torch.tensor(found, dtype=torch.double, device=self.device)
-        count, proxy, gold, kl, length = (self.reduce(sums) if self.reduce else sums).tolist()
-        metrics = {"eval/proxy": proxy / count, "eval/kl": kl / count, "eval/length": length / count}
-        return metrics | ({"eval/gold": gold / count} if self.gold else {})
+        """Figures of the policy on the held-out prompts, with the same random numbers each time (evaluation.py)."""
+        return evaluate(self)
 
     def _progress(self) -> Any:
         if self.stage:
             return self.stage.progress(self.total_updates, "ppo", done=self.updates_done)
         return contextlib.nullcontext(lambda n=1, text="": None)
 
-    def _clock(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     # --- what is kept -------------------------------------------------------------------------------------------------
 
     def save_model(self, folder: str | Path) -> None:
-        """Write the policy with its tokenizer as a stock model folder, and the critic into its subfolder `critic`."""
+        """Write the policy with its tokenizer as a stock model folder, and the critic into its subfolder `critic`.
+
+        The average of `args.ema_decay` goes into the subfolder `ema`, a model folder as well. LoRA is merged into the
+        weights, so that each folder opens without peft; the adapter alone is in its subfolder `adapter`.
+        """
         if self.is_main:
-            self.policy.save_pretrained(folder)
+            save_whole(self.policy, folder)
             self.tokenizer.save_pretrained(folder)
-            self.critic.save_pretrained(Path(folder) / "critic")
+            save_whole(self.critic, Path(folder) / "critic")
             self.tokenizer.save_pretrained(Path(folder) / "critic")
+            if self.average:
+                with self.average.inside(self.policy):
+                    save_whole(self.policy, Path(folder) / "ema")
+                self.tokenizer.save_pretrained(Path(folder) / "ema")
         self.accelerator.wait_for_everyone()
 
     @property
@@ -385,7 +351,9 @@ class PPOTrainer:
         if self.args.save_steps and self.updates_done % self.args.save_steps == 0:
             save_state(self)
 
-    def _resume(self) -> None:
+    def resume(self) -> int:
+        """Go on from the newest checkpoint, if nothing is done yet; returns the number of updates done."""
         point = self.stage.resume_from if self.stage else latest_checkpoint(self.checkpoints)
         if point is not None and self.updates_done == 0:
             load_state(self, point)
+        return self.updates_done

@@ -1,0 +1,213 @@
+"""From scored answers to new weights: advantages, then optimizer steps of critic and policy."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+from pipeline.ppo import algorithm as A
+from pipeline.ppo.extras import Average, PretrainingText, copy_weights
+from pipeline.ppo.forward import TokenLogprobs, TokenValues
+from pipeline.ppo.metrics import MetricSums, rollout_metrics
+from pipeline.ppo.rollout import Plan, Rollout, plan_epoch, seeded
+from pipeline.ppo_config import PPOConfig
+
+SHUFFLING, PRETRAINING = 3, 5  # first numbers of seeds, as in trainer.py
+
+
+class Learner:
+    """The half of PPOTrainer that learns; the other half builds, samples, logs and keeps."""
+
+    args: PPOConfig
+    accelerator: Accelerator
+    device: torch.device
+    world: int
+    rank: int
+    reduce: A.Reduce | None
+    total_updates: int
+    policy: nn.Module
+    policy_forward: TokenLogprobs
+    reference_forward: TokenLogprobs
+    critic_forward: TokenValues
+    policy_train: nn.Module  # the forwards above, through DistributedDataParallel
+    critic_train: nn.Module
+    policy_optimizer: Any
+    critic_optimizer: Any
+    kl_coef: float
+    average: Average | None
+    ptx: PretrainingText | None
+
+    def score(self, rollout: Rollout, update: int) -> dict[str, float]:
+        """Fill in log-probabilities, values, advantages and returns.
+
+        The micro-batches are those of the first epoch, so the policy's log-probabilities come out of the same
+        computation as in training: to the bit, the ratio at the first step is 1 and the KL to an equal reference 0.
+        """
+        args, start = self.args, self._clock()
+        plan = self.plan(rollout, update, epoch=0)
+        clocks = [start]
+        with self.accelerator.autocast():
+            rollout.logprobs, rollout.entropy = rollout.per_token(
+                lambda *inputs: self.policy_forward(*inputs, entropy=True), plan, outputs=2
+            )
+            clocks.append(self._clock())
+            (rollout.ref_logprobs,) = rollout.per_token(lambda *inputs: self.reference_forward(*inputs)[0], plan)
+            clocks.append(self._clock())
+            (rollout.values,) = rollout.per_token(self.critic_forward, plan)
+            clocks.append(self._clock())
+
+        lengths, mask = rollout.response_lengths, rollout.mask
+        kl = A.kl_k1(rollout.logprobs, rollout.ref_logprobs)
+        rewards = A.place_rewards(rollout.scores, kl, lengths, self.kl_coef)
+        if args.whiten_rewards:
+            rewards = A.masked_whiten(rewards, mask, self.reduce, shift_mean=False)
+        rollout.returns = A.gae(rewards, rollout.values, lengths, args.gamma, args.lam_value) + rollout.values * mask
+        advantages = A.gae(rewards, rollout.values, lengths, args.gamma, args.lam)
+        rollout.advantages = A.masked_whiten(advantages, mask, self.reduce)
+
+        if args.sampler_weight_cap is not None:
+            rollout.weights = A.importance_weights(rollout.logprobs, rollout.sampler_logprobs, args.sampler_weight_cap)
+
+        metrics = rollout_metrics(rollout, kl, self.kl_coef, self.reduce)
+        parts = ("time/logprobs", "time/reference", "time/critic")  # of time/score
+        metrics |= {name: end - begin for name, begin, end in zip(parts, clocks, clocks[1:], strict=False)}
+        metrics["time/score"] = self._clock() - start
+        return metrics
+
+    def optimise(self, rollout: Rollout, update: int) -> dict[str, float]:
+        """`num_ppo_epochs` × `num_mini_batches` optimizer steps of critic and, after its warm-up, policy."""
+        start = self._clock()
+        log = MetricSums()
+        self.policy_moves = update >= self.args.critic_warmup_updates
+        for epoch in range(self.args.num_ppo_epochs):
+            plan = self.plan(rollout, update, epoch)
+            counts = torch.stack([rollout.response_lengths[torch.cat(rows)].sum() for rows in plan]).float()
+            counts = self.reduce(counts) if self.reduce else counts
+            for i, (micro_batches, tokens) in enumerate(zip(plan, counts, strict=True)):
+                self.critic_step(rollout, micro_batches, tokens, log)
+                if self.policy_moves:
+                    if self.ptx:
+                        self.pretraining_loss(
+                            seeded(self.args.seed, PRETRAINING, update, epoch, i, self.rank), tokens, log
+                        )
+                    self.policy_step(rollout, micro_batches, tokens, log)
+        metrics = log.means(self.reduce)
+        if not all(map(math.isfinite, metrics.values())):
+            raise UserError(
+                f"ppo: a loss or gradient of update {update + 1} is not a finite number; lower learning_rate or "
+                "critic_learning_rate, and start again from the last checkpoint"
+            )
+        metrics["time/update"] = self._clock() - start
+        return metrics
+
+    def critic_step(self, rollout: Rollout, micro_batches: list[Tensor], tokens: Tensor, log: MetricSums) -> None:
+        """One step on the mean value loss over all `tokens` of a mini-batch, summed up micro-batch by micro-batch."""
+        for rows, sync in self._micro_batches(micro_batches, self.critic_train):
+            with sync:
+                old_values, returns = rollout.flat(rollout.values, rows), rollout.flat(rollout.returns, rows)
+                values = self.critic_train(*rollout.inputs(rows))
+                loss, sums = A.value_loss(values, old_values, returns, self.args.cliprange_value)
+                # DistributedDataParallel takes the mean over processes; `tokens` counts those of all processes.
+                self.accelerator.backward(loss * self.world / tokens)
+            log.add({"loss/value_avg": loss.detach(), **sums})
+        log.close(tokens, {"critic/grad_norm": self._clip_and_step(self.critic_train, self.critic_optimizer)})
+
+    def policy_step(self, rollout: Rollout, micro_batches: list[Tensor], tokens: Tensor, log: MetricSums) -> None:
+        """One step on the mean clipped surrogate over all `tokens`; past `target_kl` none, and no more this update."""
+        args = self.args
+        for rows, sync in self._micro_batches(micro_batches, self.policy_train):
+            with sync:
+                old, advantages = rollout.flat(rollout.logprobs, rows), rollout.flat(rollout.advantages, rows)
+                weights = None if rollout.weights is None else rollout.flat(rollout.weights, rows)
+                logprobs, entropy = self.policy_train(*rollout.inputs(rows), entropy=bool(args.entropy_coef))
+                loss, sums = A.policy_loss(
+                    logprobs, old, advantages, args.cliprange, args.cliprange_high, args.dual_clip, weights
+                )
+                sums["loss/policy_avg"] = loss.detach()
+                if args.entropy_coef:
+                    loss = loss - args.entropy_coef * entropy.sum()
+                    sums["policy/entropy_avg"] = entropy.detach().sum()
+                self.accelerator.backward(loss * self.world / tokens)
+            log.add(sums)
+        if self._too_far(log.open["policy/approxkl_avg"] / tokens):
+            self.policy_moves = False
+            self.policy_optimizer.zero_grad()
+            log.close(tokens, {})
+            return
+        log.close(tokens, {"policy/grad_norm": self._clip_and_step(self.policy_train, self.policy_optimizer)})
+
+    def pretraining_loss(self, random: torch.Generator, tokens: Tensor, log: MetricSums) -> None:
+        """Gradients of ptx_coef · mean loss on pretraining text (InstructGPT), ahead of the policy step's own."""
+        args = self.args
+        ids, predicts = self.ptx.draw(args.ptx_batch_size // self.world, random, self.device)
+        count = predicts.sum().float()
+        count = self.reduce(count) if self.reduce else count
+        size = args.per_device_train_batch_size
+        for part, places in zip(ids.split(size), predicts.split(size), strict=True):
+            with self.accelerator.no_sync(self.policy_train):  # the policy step's last backward pass sums them all
+                logprobs, _ = self.policy_train(part, places, temperature=1.0)
+                loss = -logprobs.sum() / count
+                self.accelerator.backward(args.ptx_coef * loss * self.world)
+            log.add({"loss/ptx_avg": loss.detach() * tokens})
+
+    def _follow(self, metrics: dict[str, float], update: int) -> None:
+        """Move what follows the policy: β to its target, the average, and the reference where it is to."""
+        args = self.args
+        # Before the policy has moved its KL is 0, and says nothing about β.
+        if args.adaptive_kl_target is not None and update > args.critic_warmup_updates:
+            self.kl_coef = A.adapted_kl_coef(
+                self.kl_coef,
+                metrics["objective/kl"],
+                args.adaptive_kl_target,
+                args.adaptive_kl_horizon,
+                args.batch_size,
+            )
+        if self.average:
+            self.average.update(self.policy)
+        if args.ref_sync_updates and (update + 1) % args.ref_sync_updates == 0:
+            copy_weights(self.policy, self.reference_forward.model)
+
+    def _too_far(self, approxkl: Tensor) -> bool:
+        if self.args.target_kl is None:
+            return False
+        return float(self.reduce(approxkl) if self.reduce else approxkl) > self.args.target_kl
+
+    def plan(self, rollout: Rollout, update: int, epoch: int) -> Plan:
+        """This epoch's mini-batches of micro-batches; the same on every call."""
+        shuffle = seeded(self.args.seed, SHUFFLING, update, epoch, self.rank)
+        return plan_epoch(rollout.lengths, self.args.num_mini_batches, self.args.per_device_train_batch_size, shuffle)
+
+    def _micro_batches(self, rows: list[Tensor], model: nn.Module) -> Iterator[tuple[Tensor, Any]]:
+        """Micro-batches, each with the context for its backward pass: processes sum gradients in the last one only."""
+        for i, part in enumerate(rows):
+            yield part, contextlib.nullcontext() if i + 1 == len(rows) else self.accelerator.no_sync(model)
+
+    def _clip_and_step(self, model: nn.Module, optimizer: Any) -> Tensor:
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm.detach()
+
+    def set_learning_rates(self, update: int) -> None:
+        """Warm-up and decay as a function of the number of updates done, so there is no scheduler state."""
+        args = self.args
+        factor = min(1.0, (update + 1) / args.warmup_steps) if args.warmup_steps else 1.0
+        if args.lr_scheduler_type == "linear":
+            factor *= 1 - update / self.total_updates
+        for optimizer, rate in (
+            (self.policy_optimizer, args.learning_rate),
+            (self.critic_optimizer, args.critic_learning_rate),
+        ):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * factor
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()

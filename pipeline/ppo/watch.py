@@ -1,0 +1,70 @@
+"""Warnings in sentences: what a person who knows PPO would see in the figures of a run, said once each.
+
+`watched` is a plain dict that goes into the checkpoint: the first update's figures, the best gold, what was said.
+"""
+
+import math
+from typing import Any
+
+NOISE = 4.0  # standard errors below 0 from which a mean KL is no noise
+RATIO = 0.01  # spread of the ratio at an update's first step, where it should be exactly 1
+ENTROPY = 0.1  # share of the first update's entropy
+LENGTH = 1.5  # times the first update's length
+TRUNCATED = 0.5  # rise of the share without an end token
+GOLD = 2.0  # standard errors of a fall of gold
+
+
+def watch_update(watched: dict[str, Any], metrics: dict[str, float], batch_size: int) -> list[str]:
+    """Sentences about an update, each given once in a run."""
+    names = ("objective/entropy", "response/length", "response/without_eos")
+    first = watched.setdefault("first", {name: metrics[name] for name in names})
+    was, now = (tuple(row[name] for name in names) for row in (first, metrics))
+    kl, error = metrics["objective/kl"], metrics["objective/kl_std"] / math.sqrt(batch_size)
+    ratio = math.sqrt(metrics.get("val/ratio_first_var", 0.0))
+    found = {}
+    if kl < -NOISE * error - 1e-6:
+        found["kl"] = (
+            f"objective/kl is {kl:.3g}, below 0 by more than noise: the answers are not samples of the policy that is "
+            "trained (another temperature, top-k or older weights in the sampler), so the KL penalty is wrong"
+        )
+    if ratio > RATIO:
+        found["ratio"] = (
+            f"the probability ratio at the first step of an update is off 1 by {ratio:.2g} (root mean square): two "
+            "forward passes with equal weights disagree (dropout, precision, randomness in the model), which PPO "
+            "mistakes for learning"
+        )
+    if now[0] < ENTROPY * was[0]:
+        found["entropy"] = (
+            f"the entropy fell from {was[0]:.2g} to {now[0]:.2g} nats a token: the policy answers nearly the same each "
+            "time; raise kl_coef or entropy_coef, or lower learning_rate"
+        )
+    if now[1] > LENGTH * was[1] or now[2] > was[2] + TRUNCATED:
+        found["length"] = (
+            f"answers went from {was[1]:.0f} to {now[1]:.0f} tokens, and from {was[2]:.0%} to {now[2]:.0%} without an "
+            "end token: see whether the reward likes length, raise missing_eos_penalty or kl_coef"
+        )
+    return _once(watched, found)
+
+
+def watch_evaluation(watched: dict[str, Any], metrics: dict[str, float]) -> list[str]:
+    """Sentences about a held-out evaluation that has a gold score."""
+    if "eval/gold" not in metrics:
+        return []
+    proxy, gold, error = metrics["eval/proxy"], metrics["eval/gold"], metrics["eval/gold_se"]
+    best = watched.setdefault("gold", [gold, proxy])
+    if gold > best[0]:
+        watched["gold"] = [gold, proxy]
+    found = {}
+    if proxy > best[1] and gold < best[0] - GOLD * error:
+        found["gold"] = (
+            f"the held-out proxy rose from {best[1]:.3g} to {proxy:.3g} while gold fell from {best[0]:.3g} to "
+            f"{gold:.3g}: the policy exploits its reward; raise kl_coef, stop earlier, or use several reward models"
+        )
+    return _once(watched, found)
+
+
+def _once(watched: dict[str, Any], found: dict[str, str]) -> list[str]:
+    said = watched.setdefault("said", [])
+    new = {name: sentence for name, sentence in found.items() if name not in said}
+    said += new
+    return list(new.values())

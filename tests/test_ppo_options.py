@@ -1,0 +1,226 @@
+"""Every option of PPO has exactly its effect: against numbers by hand, and gradients taken another way."""
+
+import pytest
+import torch
+from ppo_tools import critic, gradients_of, policy, same, trainer, weights
+from transformers import AutoModelForCausalLM
+
+from pipeline.errors import UserError
+from pipeline.ppo import algorithm as A
+
+
+def close(value, expected, tolerance=1e-6):
+    torch.testing.assert_close(torch.as_tensor(value), torch.as_tensor(expected), atol=tolerance, rtol=0)
+
+
+def rolled(made, update=0):
+    rollout, _ = made.sample(update)
+    return rollout, made.score(rollout, update)
+
+
+def policy_gradients(made, rollout, **changes):
+    """The policy's gradients at each step; critic and policy take turns in `gradients_of`."""
+    for name, value in changes.items():
+        setattr(made.args, name, value)
+    return gradients_of(made, rollout=rollout)[0][1::2]
+
+
+def flat_gradient(loss, model):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+# --- the loss, by hand ------------------------------------------------------------------------------------------------
+
+RATIO = torch.tensor([1.5, 1.5, 0.5, 0.5, 5.0])
+ADVANTAGES = torch.tensor([1.0, -1.0, 1.0, -1.0, -2.0])
+
+
+def loss_and_slope(**options):
+    logprobs = RATIO.log().requires_grad_()
+    loss, _ = A.policy_loss(logprobs, torch.zeros(5), ADVANTAGES, 0.2, **options)
+    loss.backward()
+    return loss.detach(), logprobs.grad
+
+
+def test_clip_higher_moves_the_upper_side_alone():
+    loss, slope = loss_and_slope(cliprange_high=0.28)
+    close(loss, -1.28 + 1.5 - 0.5 + 0.8 + 10.0)  # the first alone is clipped elsewhere than at 1.2
+    close(slope, [0.0, 1.5, -0.5, 0.0, 10.0])
+    close(loss_and_slope(cliprange_high=0.6)[1], [-1.5, 1.5, -0.5, 0.0, 10.0])
+
+
+def test_dual_clip_bounds_the_loss_of_a_bad_token_that_became_likely():
+    loss, slope = loss_and_slope(dual_clip=3.0)
+    close(loss, -1.2 + 1.5 - 0.5 + 0.8 + 6.0)  # min(2·5, 3·2)
+    close(slope, [0.0, 1.5, -0.5, 0.0, 0.0])
+
+
+def test_weights_multiply_the_tokens_losses():
+    weights = A.importance_weights(torch.tensor([2.0, 0.5, 8.0, 1.0, 1.0]).log(), torch.zeros(5), cap=4.0)
+    close(weights, [2.0, 0.5, 4.0, 1.0, 1.0], 1e-5)
+    close(loss_and_slope(weights=weights)[0], -1.2 * 2 + 1.5 / 2 - 0.5 * 4 + 0.8 + 10.0, 1e-5)
+
+
+def test_value_loss_without_clipping():
+    values, old, returns = torch.tensor([1.0, 0.1]), torch.tensor([0.5, 0.0]), torch.tensor([1.5, 1.0])
+    loss, sums = A.value_loss(values, old, returns, None)
+    close(loss, 0.5 * (0.25 + 0.81))
+    assert sums["val/clipfrac_avg"] == 0
+
+
+def test_rewards_are_scaled_around_their_mean():
+    values, mask = torch.tensor([[1.0, 3.0, 1e6], [5.0, -1e6, 1e6]]), torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
+    close(A.masked_whiten(values, mask, shift_mean=False), [[2.0, 3.0, 0.0], [4.0, 0.0, 0.0]])  # mean 3, var. 4
+
+
+# --- in the trainer ---------------------------------------------------------------------------------------------------
+
+
+def test_clipping_options_reach_the_loss(tmp_path):
+    """The advantages of -1 and old log-probs 2 below: ratio e² everywhere."""
+    made = trainer(tmp_path, num_mini_batches=1, num_ppo_epochs=1)
+    rollout, _ = rolled(made)
+    rollout.logprobs = rollout.logprobs - 2.0
+    rollout.advantages = -torch.ones_like(rollout.advantages)
+    assert policy_gradients(made, rollout)[0].norm() > 0
+    assert policy_gradients(made, rollout, dual_clip=3.0)[0].norm() == 0  # e² is above 3
+    rollout.advantages = torch.ones_like(rollout.advantages)
+    assert policy_gradients(made, rollout, dual_clip=None)[0].norm() == 0  # above 1.2
+    assert policy_gradients(made, rollout, cliprange_high=7.0)[0].norm() > 0  # below 8
+    rollout.values, rollout.returns = rollout.values - 5.0, rollout.values + 1.0  # clipped, and worse than unclipped
+    critics = [gradients_of(made, rollout=rollout)[0][0] for made.args.cliprange_value in (0.2, None)]
+    assert critics[0].norm() == 0 and critics[1].norm() > 0
+
+
+def test_importance_weights_correct_for_another_sampler_up_to_the_cap(tmp_path):
+    plain = trainer(tmp_path)
+    rollout, _ = rolled(plain)
+    expected, _ = gradients_of(plain, rollout=rollout)
+    for cap, factor in ((4.0, 2.0), (1.5, 1.5)):
+        made = trainer(tmp_path, sampler_weight_cap=cap)
+        other, _ = made.sample(0)
+        other.sampler_logprobs = rollout.logprobs - torch.tensor(2.0).log()  # half as likely
+        metrics = made.score(other, 0)
+        found, _ = gradients_of(made, rollout=other)
+        for i, (a, b) in enumerate(zip(expected, found, strict=True)):
+            torch.testing.assert_close(a * (factor if i % 2 else 1.0), b, atol=1e-5, rtol=1e-4)
+        assert metrics["val/sampler_gap"] == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_entropy_bonus_is_the_gradient_of_the_mean_entropy(tmp_path):
+    made = trainer(tmp_path, num_mini_batches=1, num_ppo_epochs=1, entropy_coef=0.3)
+    rollout, metrics = rolled(made)
+    rollout.advantages = torch.zeros_like(rollout.advantages)
+    (found, *_), figures = gradients_of(made, rollout=rollout)[0][1::2], gradients_of(made, rollout=rollout)[1]
+    entropies = []
+    for i in range(8):
+        p, r = int(rollout.prompt_lengths[i]), int(rollout.response_lengths[i])
+        logprobs = made.policy(rollout.sequences[i : i + 1, : p + r]).logits[0, p - 1 : -1].log_softmax(-1)
+        entropies.append(-(logprobs.exp() * logprobs).sum(-1))
+    mean = torch.cat(entropies).mean()
+    close(found, flat_gradient(-0.3 * mean, made.policy), 1e-5)
+    assert figures["policy/entropy_avg"] == pytest.approx(mean.item(), rel=1e-5)
+    assert metrics["objective/entropy"] == pytest.approx(mean.item(), rel=1e-5)
+
+
+def test_ptx_adds_the_gradient_of_the_pretraining_loss(tmp_path):
+    changes = {"num_mini_batches": 1, "num_ppo_epochs": 1, "temperature": 2.0}  # the loss is at temperature 1
+    mixed = {"ptx_coef": 5.0, "ptx_batch_size": 3, "ptx_max_length": 4}
+    made = trainer(tmp_path, ptx_dataset=[{"text": "t7 t8 t9 t10 t11 t12"}], **changes, **mixed)
+    rollout, _ = rolled(made)
+    (critics, found), figures = gradients_of(made, rollout=rollout)
+    plain = trainer(tmp_path, **changes)
+    (same_critics, without), _ = gradients_of(plain, rollout=rollout)
+    ids = torch.tensor([[1, 7, 8, 9, 10]])  # after a document's end, cut at 4 tokens
+    loss = -made.policy(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None]).mean()
+    close(found - without, 5.0 * flat_gradient(loss, made.policy), 2e-5)
+    assert torch.equal(critics, same_critics)
+    assert figures["loss/ptx_avg"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_whitened_rewards_have_a_spread_of_one(tmp_path):
+    one, two = (rolled(trainer(tmp_path, whiten_rewards=on))[0] for on in (False, True))
+    rewards = A.place_rewards(one.scores, torch.zeros_like(one.values), one.response_lengths, 0.0)
+    mean, spread = rewards[one.mask].mean(), rewards[one.mask].std()
+    scaled = ((rewards - mean) / spread + mean) * one.mask
+    close(two.returns, scaled.flip(1).cumsum(1).flip(1) * one.mask, 1e-5)
+
+
+def test_adaptive_kl_follows_its_formula(tmp_path):
+    close(A.adapted_kl_coef(0.1, kl=6.6, target=6.0, horizon=1000, episodes=50), 0.1 * (1 + 0.1 * 0.05))
+    close(A.adapted_kl_coef(0.1, kl=60.0, target=6.0, horizon=1000, episodes=50), 0.1 * (1 + 0.2 * 0.05))
+    close(A.adapted_kl_coef(0.1, kl=-9.0, target=6.0, horizon=1000, episodes=50), 0.1 * (1 - 0.2 * 0.05))
+    made = trainer(tmp_path, adaptive_kl_target=0.1, adaptive_kl_horizon=16, critic_warmup_updates=1)
+    made.train()
+    expected = made.args.kl_coef
+    for update, row in enumerate(made.rows):
+        assert row["objective/kl_coef"] == pytest.approx(expected)
+        assert row["objective/non_score_reward"] == pytest.approx(-expected * row["objective/kl"])
+        if update >= 2:  # the policy first moves in update 1, and update 2 has the first KL of it
+            expected *= 1 + min(0.2, max(-0.2, row["objective/kl"] / 0.1 - 1)) * 8 / 16
+    assert made.kl_coef == pytest.approx(expected) and made.kl_coef != made.args.kl_coef
+
+
+def test_average_of_the_policy(tmp_path):
+    made, seen = trainer(tmp_path, ema_decay=0.75, total_episodes=16), [weights(policy())]
+    made.callbacks.append(lambda t, metrics: seen.append(weights(t.policy)))
+    made.train()
+    made.save_model(tmp_path / "model")
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "model" / "ema").state_dict()
+    for name, value in weights(made.policy).items():
+        a, b, c = (row[name] for row in seen)
+        close(kept[name], 0.75 * (0.75 * a + 0.25 * b) + 0.25 * c)
+        assert torch.equal(value, c)  # what was trained is back in its place
+
+
+def test_reference_is_renewed(tmp_path):
+    made = trainer(tmp_path, ref_sync_updates=2)
+    made.train()
+    assert [row["objective/kl_k3"] == 0.0 for row in made.rows] == [True, False, True, False]
+
+
+def test_several_answers_to_a_prompt(tmp_path):
+    made = trainer(tmp_path, num_generations=4)
+    rollout, _ = made.sample(1)
+    first, second = (made.prompts.ids[i] for i in made.prompts.order(2, 2, seed=0))
+    for i in range(8):
+        prompt = rollout.sequences[i, : int(rollout.prompt_lengths[i])].tolist()
+        assert prompt == (first if i < 4 else second)
+    assert len({tuple(row) for row in rollout.sequences.tolist()}) > 2
+
+
+def test_all_of_it_is_resumed_to_the_bit(tmp_path):
+    options = {"ema_decay": 0.9, "ref_sync_updates": 2, "adaptive_kl_target": 0.1, "adaptive_kl_horizon": 100,
+               "entropy_coef": 0.01, "num_generations": 2, "ptx_coef": 0.1, "ptx_dataset": ["t7 t8", "t9"],
+               "save_steps": 1}  # fmt: skip
+    whole = trainer(tmp_path / "whole", **options)
+    whole.train()
+    first = trainer(tmp_path / "parts", **options)
+    for _ in range(3):
+        first.learn(*first.sample(first.updates_done), 0.0)
+    second = trainer(tmp_path / "parts", models=(policy(7), critic(8)), **options)
+    second.train()
+    assert [row["step"] for row in second.rows] == [4]
+    assert whole.kl_coef == second.kl_coef and same(whole.average.values, second.average.values)
+    assert same(weights(whole.policy), weights(second.policy))
+    one, two = (weights(made.reference_forward.model) for made in (whole, second))
+    assert same(one, two)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"dual_clip": 1.0}, "dual_clip: 1.0 must be above 1, or none"),
+        ({"cliprange_value": 0.0}, "cliprange_value: 0.0 must be above 0, or none"),
+        ({"cliprange_high": -0.1}, "cliprange_high: -0.1 must be above 0"),
+        ({"ema_decay": 1.0}, "ema_decay: 1.0 must lie between 0 and 1"),
+        ({"num_generations": 3}, "batch_size 8 must be a multiple of num_generations"),
+        ({"ptx_coef": 1.0}, "ptx_dataset is missing or has no rows"),
+        ({"ptx_coef": 1.0, "ptx_dataset": [{"words": "t7"}]}, "ptx_dataset has no column 'text' but 'words'"),
+        ({"adaptive_kl_target": 6.0, "kl_coef": 0.0}, "a kl_coef of 0 stays 0"),
+        ({"best_metric": "gold", "eval_steps": 1, "eval_rows": [{"prompt": "t6"}]}, "there is no gold judge"),
+    ],
+)
+def test_values_that_make_no_sense(tmp_path, changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        trainer(tmp_path, **changes)
