@@ -79,7 +79,7 @@ def add_lora(
     try:
         return get_peft_model(model, config).eval()
     except ValueError as error:
-        raise UserError(f"lora_target_modules: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"LoRA: {' '.join(str(error).split())[:300]}") from None
 
 
 def is_lora(model: nn.Module) -> bool:
