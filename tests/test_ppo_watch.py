@@ -1,0 +1,109 @@
+"""Warnings in sentences: each is made to happen in a real run, stands in the log once, and not in a good run."""
+
+import pytest
+import torch
+from ppo_tools import policy, prompts, trainer
+
+from pipeline.ppo.watch import watch_evaluation, watch_update
+
+GOOD = {"objective/entropy": 2.0, "response/length": 20.0, "response/without_eos": 0.1, "objective/kl": 0.1,
+        "objective/kl_std": 1.0, "val/ratio_first_var": 0.0}  # fmt: skip
+
+
+def warnings_of(made):
+    return [row["warning"] for row in made.rows if "warning" in row]
+
+
+def test_a_healthy_run_has_no_warning(tmp_path):
+    made = trainer(tmp_path, eval_rows=prompts(4), eval_steps=2, gold=lambda p, c, **k: [1.0] * len(p))
+    made.train()
+    assert warnings_of(made) == []
+
+
+def test_negative_kl(tmp_path, capsys):
+    """Answers that are samples of the reference, not of the policy: E[log π − log π_ref] is −KL(π_ref‖π)."""
+    made = trainer(tmp_path, reference=policy(seed=5), batch_size=32, total_episodes=64, learning_rate=1e-6)
+    generate = made.generate
+    made.generate = lambda batch, random, model=None: generate(batch, random, made.reference_forward.model)
+    made.train()
+    assert made.rows[0]["objective/kl"] < 0
+    (sentence,) = warnings_of(made)  # said once, though both updates have it
+    assert "below 0 by more than noise" in sentence and f"warning: {sentence}" in capsys.readouterr().out
+
+
+def test_a_ratio_that_is_not_one_at_the_first_step(tmp_path):
+    made = trainer(tmp_path, total_episodes=16)
+    block = made.policy.model.layers[0].mlp
+    block.register_forward_hook(lambda module, args, output: output + 0.05 * torch.randn_like(output))
+    made.train()
+    assert len(warnings_of(made)) == 1 and "first step of an update is off 1" in warnings_of(made)[0]
+
+
+def test_entropy_collapse(tmp_path):
+    made = trainer(tmp_path, total_episodes=24, logging_steps=100, learning_rate=1e-6)
+    score = made.score
+
+    def collapse(rollout, update):
+        if update == 1:
+            with torch.no_grad():
+                made.policy.model.norm.weight.mul_(100.0)  # logits a hundred times as large
+        return score(rollout, update)
+
+    made.score = collapse
+    made.train()
+    assert "the entropy fell from" in warnings_of(made)[0]
+    assert next(row["step"] for row in made.rows if "warning" in row) == 2  # logged though logging_steps is not due
+
+
+def test_length_run_away(tmp_path):
+    made = trainer(tmp_path, total_episodes=24, response_length=12, learning_rate=1e-6)
+    made.end_tokens = [1, 6, 7, 8, 9, 10, 11]  # short at first
+    made.callbacks.append(lambda t, metrics: setattr(t, "end_tokens", [1]))
+    made.train()
+    was, now = (row["response/length"] for row in made.rows[:2])
+    assert now > 1.5 * was
+    assert (
+        warnings_of(made) == [made.rows[1]["warning"]] and f"from {was:.0f} to {now:.0f} tokens" in warnings_of(made)[0]
+    )
+
+
+def test_proxy_rises_while_gold_falls(tmp_path):
+    """A reward for t7 and a gold that takes it ill: both are logged, and the sentence names both movements."""
+    made = trainer(tmp_path, eval_rows=prompts(24), eval_steps=2, total_episodes=16 * 12, batch_size=16,
+                   learning_rate=5e-3, kl_coef=0.0, gold=lambda p, c, **k: [-float(t.split().count("t7")) for t in c],
+                   )  # fmt: skip
+    made.train()
+    found = [row for row in made.rows if "eval/proxy" in row]
+    assert found[-1]["eval/proxy"] > found[0]["eval/proxy"] + 1
+    (sentence,) = [s for s in warnings_of(made) if "gold fell" in s]
+    assert f"gold fell from {found[0]['eval/gold']:.3g}" in sentence
+
+
+@pytest.mark.parametrize(
+    ("change", "warned"),
+    [
+        ({"objective/kl": -0.4}, False),  # 3.2 standard errors of 1/√64
+        ({"objective/kl": -0.51}, True),
+        ({"val/ratio_first_var": 0.9e-4}, False),
+        ({"val/ratio_first_var": 1.1e-4}, True),
+        ({"objective/entropy": 0.21}, False),
+        ({"objective/entropy": 0.19}, True),
+        ({"response/length": 29.0}, False),
+        ({"response/length": 31.0}, True),
+        ({"response/without_eos": 0.59}, False),
+        ({"response/without_eos": 0.61}, True),
+    ],
+)
+def test_thresholds(change, warned):
+    watched = {}
+    assert watch_update(watched, GOOD, 64) == []
+    assert len(watch_update(watched, GOOD | change, 64)) == warned
+    assert watch_update(watched, GOOD | change, 64) == []
+
+
+def test_gold_must_fall_by_more_than_its_error():
+    for gold, warned in ((0.41, False), (0.39, True)):
+        watched = {}
+        for proxy, value in ((0.0, 0.3), (1.0, 0.5), (2.0, gold)):
+            said = watch_evaluation(watched, {"eval/proxy": proxy, "eval/gold": value, "eval/gold_se": 0.05})
+        assert bool(said) == warned
