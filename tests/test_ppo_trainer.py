@@ -297,7 +297,8 @@ KEYS = set(
     """objective/kl objective/scores objective/rlhf_reward objective/non_score_reward objective/entropy
 policy/approxkl_avg policy/clipfrac_avg policy/grad_norm critic/grad_norm loss/policy_avg loss/value_avg
 val/clipfrac_avg val/ratio val/ratio_var val/explained_variance response/length response/without_eos lr episodes_per_s
-time/sample time/score time/update""".split()  # noqa: SIM905
+time/sample time/score time/update objective/kl_k3 objective/kl_std objective/kl_coef critic/lr val/sampler_gap
+val/ratio_first val/ratio_first_var time/logprobs time/reference time/critic seconds_left""".split()  # noqa: SIM905
 )
 
 
