@@ -306,15 +306,14 @@ def _shuffled(documents: Iterable[str], rng: random.Random, buffer_size: int) ->
 
 
 def _up_to(documents: Iterable[str], max_bytes: int | None) -> Iterator[str]:
-    """Documents until `max_bytes` of UTF-8 are reached; the last is cut at a character."""
-    left = max_bytes
+    """Whole documents, as many as fit `max_bytes` of UTF-8; if not even the first one does, its beginning."""
+    used = 0
     for document in documents:
-        if left is not None:
+        if max_bytes is not None:
             raw = document.encode()
-            if len(raw) >= left:
-                document = raw[:left].decode(errors="ignore")
-            left -= len(raw)
-        if document:
-            yield document
-        if left is not None and left <= 0:
-            return
+            if used + len(raw) > max_bytes:
+                if used == 0 and (begin := raw[:max_bytes].decode(errors="ignore")):
+                    yield begin
+                return
+            used += len(raw)
+        yield document

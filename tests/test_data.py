@@ -328,7 +328,8 @@ def test_texts(tmp_path: Path) -> None:
     train, held_out = (data.load_texts(file, split=split, seed=3) for split in ("train", "validation"))
     assert len(train) == 72 and len(held_out) == 4 and not set(train) & set(held_out)  # 80 once duplicates are gone
     cut = data.load_texts(file, split="train", seed=3, max_bytes=100)
-    assert "".join(cut) == "".join(train).encode()[:100].decode(errors="ignore")
+    assert cut == train[: len(cut)] and 100 - len(train[len(cut)].encode()) < sum(len(t.encode()) for t in cut) <= 100
+    assert data.load_texts(file, split="train", seed=3, max_bytes=5) == [train[0][:5]]
     write_rows(tmp_path / "o.jsonl", [{"story": f"s{i}"} for i in range(30)])
     assert len(data.load_texts(str(tmp_path / "o.jsonl"), split="train", text_column="story")) == 26
 
@@ -531,7 +532,7 @@ def test_a_stream_holds_out_what_memory_does(tmp_path: Path) -> None:
     without = {data.document_key(text) for text in both[:9]}
     rest = data.TextStream(file, split="train", without=without, max_bytes=300)
     assert not set(both[:9]) & set(pass_of(rest, 50))
-    assert sum(len(t.encode()) for t in rest.one_pass()) in (299, 300)  # cut at a character
+    assert 270 < sum(len(t.encode()) for t in rest.one_pass()) <= 300
 
 
 def test_a_stream_shuffles_within_its_buffer() -> None:
