@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from ppo_tools import config, critic, policy, tokenizer
+from accelerate.state import AcceleratorState
+from ppo_tools import config, count_t7, critic, policy, same, tokenizer, trainer, weights
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -314,3 +315,51 @@ def test_scores_are_normalised_then_clipped():
     assert scale_scores(scores, None, None) is scores
     same = torch.full((4,), 3.0)
     assert scale_scores(same, add_to_moments([0.0, 0.0, 0.0], same), None).tolist() == [0.0] * 4
+
+
+# --- in a run ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_a_reward_that_fails_stops_the_run_with_its_state_kept(tmp_path):
+    """Once it is mended, the run goes on and ends with the weights of one in which nothing happened."""
+    calls = []
+
+    def broken(prompts, completions, **columns):
+        calls.append(len(prompts))
+        return [float("nan") if len(calls) == 3 and i == 5 else 1.0 * text.count("t7") for i, text in
+                enumerate(completions)]  # fmt: skip
+
+    whole = trainer(tmp_path / "a", rewards=count_t7, normalize_scores=True)
+    whole.train()
+    cut = trainer(tmp_path / "b", rewards=broken, normalize_scores=True)
+    with pytest.raises(
+        UserError, match=r"reward broken returned nan on row 5 \('.*'\).*the state after update 2 is kept"
+    ):
+        cut.train()
+    assert [p.name for p in (tmp_path / "b" / "checkpoints").iterdir()] == ["step-00000002"]
+    again = trainer(tmp_path / "b", rewards=count_t7, normalize_scores=True)
+    again.train()
+    assert [row["step"] for row in again.rows] == [3, 4] and again.score_moments == whole.score_moments
+    assert same(weights(whole.policy), weights(again.policy)) and same(weights(whole.critic), weights(again.critic))
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_a_run_normalises_and_clips_before_the_penalty(tmp_path):
+    made = trainer(tmp_path, rewards=lambda prompts, completions, number: [float(n) for n in number],
+                   normalize_scores=True, score_clip=0.5, missing_eos_penalty=10.0, response_length=4)  # fmt: skip
+    seen = []
+    for update in range(2):
+        rollout, metrics = made.sample(update)
+        raw = [float(n) for n in made.prompts.order(8 * update, 8, seed=0)]
+        seen += raw
+        mean, std = statistics.fmean(seen), statistics.stdev(seen)
+        expected = [max(-0.5, min(0.5, (r - mean) / std)) - 10 * (not end) for r, end in
+                    zip(raw, rollout.ended.tolist(), strict=True)]  # fmt: skip
+        assert rollout.scores.tolist() == pytest.approx(expected, abs=1e-5)
+        assert metrics["objective/scores_raw"] == pytest.approx(statistics.fmean(raw))
