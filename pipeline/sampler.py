@@ -1,12 +1,12 @@
 """Text out of a model: batched sampling with a KV cache, and the log-probability of every token that was sampled.
 
 `generate` answers a batch of prompts, `stream` one prompt token by token. Our own GPT runs through a lean decode loop
-(`Decoder`); any other causal model runs through transformers' `generate`, with the same sampling code and the same
-result. Why a loop of our own: at a few million parameters a decode step is bound by the overhead of each call, and
-here a step makes about fifteen calls a layer.
+(decoder.py); any other causal model runs through transformers' `generate`, with the same sampling code and the same
+result.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from pipeline.decoder import borrowed
 from pipeline.errors import UserError
 from pipeline.gpt import GPTForCausalLM
+
+LOOK = 16  # steps on CUDA from one look at which rows have ended to the next: each makes the host wait for the device
 
 
 @dataclass
@@ -140,139 +143,26 @@ def stream(
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     uniform = _uniform(max_new_tokens, 1, generator)
     tokens = torch.tensor([prompt], device=model.device)
-    with torch.inference_mode():
-        if isinstance(model, GPTForCausalLM):
-            decoder = Decoder(model, rows=1, slots=len(prompt) + max_new_tokens, starts=tokens.new_zeros(1))
-        else:
-            cache = DynamicCache(config=model.config)
-    for u in uniform.to(model.device):
-        with torch.inference_mode():  # inside the loop: the caller's code runs between two tokens
-            if isinstance(model, GPTForCausalLM):
-                logits = decoder.forward(tokens)
-            else:
-                logits = model(tokens, past_key_values=cache, use_cache=True).logits[:, -1]
-            token, _ = sampling.draw(logits, u)
-            tokens = token[:, None]
-        yield int(token)
-        if int(token) in ends:
-            return
+    ours = isinstance(model, GPTForCausalLM)
+    with borrowed(model, 1, len(prompt) + max_new_tokens) if ours else nullcontext() as decoder:
+        cache = None if ours else DynamicCache(config=model.config)
+        for step, u in enumerate(uniform.to(model.device)):
+            with torch.inference_mode():  # inside the loop: the caller's code runs between two tokens
+                if not ours:
+                    logits = model(tokens, past_key_values=cache, use_cache=True).logits[:, -1]
+                elif step == 0:
+                    logits = decoder.prefill(tokens, starts=tokens.new_zeros(1))
+                else:
+                    logits = decoder.step(tokens[:, 0])
+                token, _ = sampling.draw(logits, u)
+                tokens = token[:, None]
+            yield int(token)
+            if int(token) in ends:
+                return
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The decode loop for our GPT
-
-
-class Decoder:
-    """A GPTForCausalLM made ready for decoding: fused weights, key/value tensors of fixed size, no autograd.
-
-    rows B, slots S: the cache holds S tokens a row. starts (B,) is the slot of each row's first real token: rows are
-    padded on the left, so that all of them write the same slot at the same step.
-    """
-
-    def __init__(self, model: GPTForCausalLM, rows: int, slots: int, starts: Tensor):
-        config, device = model.config, model.device
-        self.heads, self.groups, self.size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.eps, self.embedding = config.rms_norm_eps, model.model.embed_tokens.weight
-        # Detached: F.rms_norm takes a slow composed form for a weight with a gradient, even in inference mode
-        self.norm = model.model.norm.weight.detach().float()
-        autocast = torch.is_autocast_enabled(device.type)
-        self.dtype = torch.get_autocast_dtype(device.type) if autocast else self.embedding.dtype
-        self.head = model.lm_head.weight.to(self.dtype)
-        self.layers = [self._fuse(block) for block in model.model.layers]
-        cache = (len(self.layers), rows, self.groups, slots, self.size)
-        # fp32 on CPU, where attention is faster in it
-        cache_dtype = torch.float32 if device.type == "cpu" else self.dtype
-        self.keys = torch.empty(cache, dtype=cache_dtype, device=device)
-        self.values = torch.empty(cache, dtype=cache_dtype, device=device)
-        self.filled = 0
-        self.starts = starts
-        self.padded = bool((starts > 0).any())
-        exponents = torch.arange(0, self.size, 2, device=device, dtype=torch.float32) / self.size
-        angles = torch.arange(slots, device=device)[:, None] * config.rope_parameters["rope_theta"] ** -exponents
-        self.turns = torch.polar(torch.ones_like(angles), angles)  # (S, K/2): e^{i·position·θ^(−2j/K)}
-        slot = torch.arange(slots, device=device)
-        # Added to the scores: a row does not see the slots before its start. (B, 1, 1, S)
-        self.bias = torch.zeros(rows, slots, device=device).masked_fill_(slot < starts[:, None], float("-inf"))
-        self.bias = self.bias[:, None, None]
-
-    def _fuse(self, block) -> dict[str, Tensor]:
-        attention, mlp, size = block.self_attn, block.mlp, self.size
-        # Rotary pairs (i, i + K/2) are moved side by side, in queries and keys alike, which changes no score: then one
-        # complex product turns them all
-        pairs = torch.arange(size, device=attention.q_proj.weight.device).view(2, -1).T.flatten()
-        linears = (attention.q_proj, attention.k_proj, attention.v_proj)
-        q, k, v = (linear.weight.unflatten(0, (-1, size)) for linear in linears)
-        fused = {
-            "qkv": torch.cat((q[:, pairs], k[:, pairs], v)).flatten(0, 1),
-            "out": attention.o_proj.weight,
-            "gate_up": torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)),
-            "down": mlp.down_proj.weight,
-        }
-        if attention.q_proj.bias is not None:
-            q, k, v = (linear.bias.unflatten(0, (-1, size)) for linear in linears)
-            fused["qkv_bias"] = torch.cat((q[:, pairs], k[:, pairs], v)).flatten()
-            fused["out_bias"] = attention.o_proj.bias
-        fused = {name: weight.to(self.dtype).contiguous() for name, weight in fused.items()}
-        # 1/√K goes into the queries' norm weight
-        q_norm, k_norm = attention.q_norm.weight[pairs] * size**-0.5, attention.k_norm.weight[pairs]
-        return fused | {
-            "qk_norm": torch.cat((q_norm.expand(self.heads, -1), k_norm.expand(self.groups, -1))).float(),
-            "norm_1": block.input_layernorm.weight.detach().float(),
-            "norm_2": block.post_attention_layernorm.weight.detach().float(),
-        }
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """The next T tokens of each row, (B, T) long → fp32 logits after the last of them, (B, V)."""
-        count, start = tokens.shape[1], self.filled
-        self.filled = end = start + count
-        slots = torch.arange(start, end, device=tokens.device)
-        positions = (slots - self.starts[:, None]).clamp_(min=0)
-        turns = self.turns[positions][:, :, None]  # (B, T, 1, K/2)
-        with torch.autocast(tokens.device.type, enabled=False):
-            x = F.embedding(tokens, self.embedding).float()  # the residual stream stays in fp32
-            for layer, weights in enumerate(self.layers):
-                attended = self._attend(layer, weights, x, turns, start, end)
-                x = x + F.linear(attended.to(self.dtype), weights["out"], weights.get("out_bias")).float()
-                h = F.rms_norm(x, x.shape[-1:], weights["norm_2"], self.eps).to(self.dtype)
-                gate, up = F.linear(h, weights["gate_up"]).chunk(2, dim=-1)
-                x = x + F.linear(F.silu(gate).mul_(up), weights["down"]).float()
-            x = F.rms_norm(x[:, -1], x.shape[-1:], self.norm, self.eps)
-            return F.linear(x.to(self.dtype), self.head).float()
-
-    def _attend(self, layer: int, weights: dict[str, Tensor], x: Tensor, turns: Tensor, start: int, end: int) -> Tensor:
-        """x (B, T, D) → what the heads read, (B, T, H·K) fp32; slots [start, end) of the cache are written."""
-        h = F.rms_norm(x, x.shape[-1:], weights["norm_1"], self.eps).to(self.dtype)
-        qkv = F.linear(h, weights["qkv"], weights.get("qkv_bias")).unflatten(-1, (-1, self.size))  # (B, T, H + 2G, K)
-        qk, v = qkv.split((self.heads + self.groups, self.groups), dim=2)
-        qk = F.rms_norm(qk.float(), (self.size,), None, self.eps) * weights["qk_norm"]
-        qk = torch.view_as_real(torch.view_as_complex(qk.unflatten(-1, (-1, 2))) * turns).flatten(-2)
-        q, k = qk.transpose(1, 2).split((self.heads, self.groups), dim=1)  # (B, H, T, K), (B, G, T, K)
-        keys, values = self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-        keys[:, :, start:] = k
-        values[:, :, start:] = v.transpose(1, 2)
-        if end - start == 1:
-            # The H/G queries that share a key head are the rows of one small matrix product
-            q = q.reshape(len(x), self.groups, -1, self.size).to(keys.dtype)  # (B, G, H/G, K)
-            scores = q @ keys.transpose(2, 3)  # (B, G, H/G, slots)
-            if self.padded:
-                scores += self.bias[..., :end]
-            return (scores.softmax(-1) @ values).flatten(1)[:, None]
-        mask = None
-        if self.padded or start > 0:
-            slots = torch.arange(end, device=x.device)
-            mask = slots <= slots[start:, None]  # (T, slots)
-            mask = (mask & (slots >= self.starts[:, None, None])) | (slots == slots[start:, None])
-            mask = mask[:, None]
-        grouped = self.heads != self.groups
-        out = F.scaled_dot_product_attention(
-            q.to(keys.dtype), keys, values, attn_mask=mask, is_causal=mask is None, scale=1.0, enable_gqa=grouped
-        )
-        return out.transpose(1, 2).flatten(2)
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows only."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self.starts, self.bias = self.starts[rows], self.bias[rows]
+# Our GPT
 
 
 def _respond(
@@ -280,27 +170,32 @@ def _respond(
 ) -> tuple[Tensor, Tensor]:
     """Left-padded prompts (B, P), their first real slots (B,), uniform (R, B) → tokens (B, R), logprobs (B, R).
 
-    What stands after an end token is of no meaning.
+    What stands after an end token is of no meaning. On CPU rows that have ended leave the batch; on CUDA, where a step
+    takes as long for a few rows as for many, the captured step keeps its shape until all have.
     """
     steps, rows = uniform.shape
     tokens = torch.zeros(rows, steps, dtype=torch.long, device=prompts.device)
     logprobs = torch.zeros(rows, steps, device=prompts.device)
     ends = torch.tensor(ends, device=prompts.device)
-    decoder = Decoder(model, rows, prompts.shape[1] + steps, starts)
     active = torch.arange(rows, device=prompts.device)  # the rows still in the decoder
     running = torch.ones(rows, dtype=torch.bool, device=prompts.device)  # of these, the ones that have not ended
-    given = prompts
-    for step in range(steps):
-        token, logprob = sampling.draw(decoder.forward(given), uniform[step, active])
-        tokens[active, step], logprobs[active, step] = token, logprob
-        running = running & ~torch.isin(token, ends)
-        left = int(running.sum())
-        if left == 0:
-            break
-        if left <= len(active) // 2:  # finished rows leave when half of them have: each time the cache is copied once
-            decoder.keep(running)
-            active, token, running = active[running], token[running], running[running]
-        given = token[:, None]
+    with borrowed(model, rows, prompts.shape[1] + steps) as decoder:
+        logits = decoder.prefill(prompts, starts)
+        for step in range(steps):
+            token, logprob = sampling.draw(logits, uniform[step, active])
+            tokens[active, step], logprobs[active, step] = token, logprob
+            running = running & ~torch.isin(token, ends)
+            if step == steps - 1:
+                break
+            if not decoder.fixed or step % LOOK == 0:
+                left = int(running.sum())
+                if left == 0:
+                    break
+                # Finished rows leave when half of them have: each time the cache is copied once
+                if left <= len(active) // 2 and not decoder.fixed:
+                    decoder.keep(running)
+                    active, token, running = active[running], token[running], running[running]
+            logits = decoder.step(token)
     return tokens, logprobs
 
 
