@@ -49,13 +49,10 @@ def schedule_kwargs(args: TrainingFields) -> dict[str, Any] | None:
     """What warmup_stable_decay needs to know beside the warm-up; None for the other schedules. Raises UserError."""
     if args.lr_scheduler_type != "warmup_stable_decay":
         return None
-    steps = round(args.decay_share * args.max_steps)
-    if not 0 < steps <= args.max_steps - args.warmup_steps:
-        raise UserError(
-            f"decay_share: {args.decay_share} of {args.max_steps} steps are {steps}; give a share of at least one step "
-            f"that leaves room for the {args.warmup_steps} of the warm-up"
-        )
-    return {"num_decay_steps": steps, "decay_type": "1-sqrt"}
+    if not 0 < args.decay_share <= 1:
+        raise UserError(f"decay_share: {args.decay_share} is no share of max_steps; give one above 0 and up to 1")
+    steps = min(round(args.decay_share * args.max_steps), args.max_steps - args.warmup_steps)
+    return {"num_decay_steps": max(1, steps), "decay_type": "1-sqrt"}
 
 
 def optimizer_kwargs(args: TrainingFields) -> tuple[type, dict[str, float]] | None:
@@ -141,7 +138,7 @@ class StageCallback(TrainerCallback):
         self.clock, self.clock_step, self.paused = now, state.global_step, 0.0
         pace = (now - self.began) / max(1, state.global_step - self.first_step)
         left = pace * (state.max_steps - state.global_step)
-        return {**figures, "memory_mb": peak_memory_mb(), "seconds_left": round(left, 1)}
+        return {**figures, "memory_mb": peak_memory_mb(), "seconds_left": round(left, 2)}
 
     def on_evaluate(self, args: HFTrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict,
                     **_: Any) -> None:  # fmt: skip

@@ -47,8 +47,10 @@ def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, block_size: i
     """
     parts = [part for batch in _batches(texts, TEXTS_AT_ONCE) for part in _encode(batch, tokenizer)]
     ids = np.concatenate(parts)[:-1] if parts else np.zeros(0, dtype=np.int32)  # between documents, not after the last
-    if block_size < 2 or len(ids) < 2:
-        raise UserError(f"nothing can be predicted: the text has {len(ids)} tokens, a row {block_size}; two are needed")
+    if block_size < 2:
+        raise UserError(f"block_size: {block_size} is too small; a token is predicted from at least one before it")
+    if len(ids) < 2:
+        raise UserError(f"the text is too short: with {len(ids)} tokens there is nothing to predict; give more of it")
     step = block_size - 1
     whole = (len(ids) - 1) // step
     rest = ids[whole * step :]  # it begins with the last token of the last whole row

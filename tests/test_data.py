@@ -461,9 +461,11 @@ def test_pack_ends_documents_by_endoftext_even_where_eos_differs(tokenizer) -> N
 
 
 def test_pack_refuses_what_cannot_be_predicted(tokenizer) -> None:
-    for texts, block_size in (([], 8), (["x"], 8), (["the cat sat"], 1)):
-        with pytest.raises(UserError, match="nothing can be predicted"):
-            packing.pack(texts, tokenizer, block_size)
+    for texts in ([], ["x"]):
+        with pytest.raises(UserError, match=f"too short: with {len(texts)} tokens"):
+            packing.pack(texts, tokenizer, 8)
+    with pytest.raises(UserError, match="block_size: 1 is too small"):
+        packing.pack(["the cat sat"], tokenizer, 1)
 
 
 def test_collate_fills_up_and_leaves_it_out_of_the_labels() -> None:

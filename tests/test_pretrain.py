@@ -32,7 +32,8 @@ TINY = {
     "mixed_precision": "no", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 1, "head_dim": 16,
     "num_key_value_heads": 1, "intermediate_size": 32, "block_size": 24, "max_position_embeddings": 32,
     "per_device_train_batch_size": 4, "max_steps": 12, "warmup_steps": 2, "logging_steps": 2, "eval_steps": 6,
-    "save_steps": 4, "max_bytes": None, "validation_bytes": None,
+    "save_steps": 4, "optimizer": "adamw", "lr_scheduler_type": "cosine", "learning_rate": 1e-3,
+    "max_bytes": None, "validation_bytes": None,
 }  # fmt: skip
 
 
@@ -137,8 +138,8 @@ def test_the_stages_figures_by_hand(run: Path, plain: Path) -> None:
 def test_the_step_line(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                        capsys: pytest.CaptureFixture) -> None:  # fmt: skip
     monkeypatch.setattr(pretrain, "matmul_peak", lambda device, dtype: 1e9 if dtype == torch.float32 else 0.0)
-    pretrain.main(arguments(run, tmp_path, max_steps=4))
-    (first, second, *_), config = lines(tmp_path), GPTForCausalLM.config_class.from_pretrained(tmp_path)
+    pretrain.main(arguments(run, tmp_path, eval_steps=100))
+    (first, *_, second, _), config = lines(tmp_path), GPTForCausalLM.config_class.from_pretrained(tmp_path)
     texts = data.load_texts(str(run / "corpus.jsonl"), split="train", seed=0)
     packed = packing.pack(texts, tiny_tokenizer(), 24)
     assert first["bpb"] == pytest.approx(first["loss"] / math.log(2) * packed.tokens / packed.bytes)
@@ -160,10 +161,14 @@ def test_warmup_stable_decay(run: Path, tmp_path: Path) -> None:
     rising, falling = [0, 0.25, 0.5, 0.75], [1 - math.sqrt(i / 8) for i in range(8)]
     scale = max(rates)  # Trainer shows the first group's rate: Muon's
     assert scale == 0.02 and [rate / scale for rate in rates] == pytest.approx([*rising, *[1] * 8, *falling])
-    for share in (0.0, 0.9, 1.5):
-        with pytest.raises(UserError, match="leaves room for the 4 of the warm-up"):
-            pretrain.main(arguments(run, tmp_path, max_steps=20, warmup_steps=4, decay_share=share,
-                                    lr_scheduler_type="warmup_stable_decay"))  # fmt: skip
+    assert hf_trainer.schedule_kwargs(arguments(run, tmp_path)) is None
+    for share, steps in ((0.4, 8), (0.9, 16), (0.001, 1)):  # the warm-up is never cut short
+        args = arguments(run, tmp_path, max_steps=20, warmup_steps=4, decay_share=share,
+                         lr_scheduler_type="warmup_stable_decay")  # fmt: skip
+        assert hf_trainer.schedule_kwargs(args)["num_decay_steps"] == steps
+    for args.decay_share in (0.0, 1.5):
+        with pytest.raises(UserError, match="is no share of max_steps"):
+            pretrain.main(args)
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
