@@ -22,7 +22,9 @@ from pipeline.errors import UserError
 
 GENERATORS = {"stories": "reward_data.stories", "reviews": "reward_data.reviews"}
 END_OF_TEXT = "<|endoftext|>"
-DOWNLOADS = {"tinyshakespeare.txt": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"}
+DOWNLOADS = {
+    "tinyshakespeare.txt": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+}
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 LONGEST_DOCUMENT = 2**26  # bytes of a text file that is streamed within which a document should end
 SPLIT_WORDS = {
