@@ -222,8 +222,15 @@ class Stage:
     @contextlib.contextmanager
     def progress(self, total: int, description: str, done: int = 0) -> Iterator[Callable[..., None]]:
         """A bar with speed and time left; the context is a function `advance(n=1, text="")`."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                   TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
         shown = self.is_main and console.is_terminal
         with Progress(*columns, console=console, disable=not shown, transient=True) as bar:
             task = bar.add_task(description, total=total, completed=done, text="")
