@@ -84,7 +84,7 @@ def test_every_field_is_explained_in_help(kind: type, capsys: pytest.CaptureFixt
     text = capsys.readouterr().out
     for field in dataclasses.fields(kind):
         assert f"--{field.name}" in text
-    assert "\"\"\"" not in text and len(text) > 40 * len(dataclasses.fields(kind))
+    assert '"""' not in text and len(text) > 40 * len(dataclasses.fields(kind))
 
 
 PRESETS = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "accelerate")
@@ -121,5 +121,3 @@ def test_accelerate_parses_its_files(path: Path) -> None:
 def test_pretrain_defaults_describe_a_legal_shape() -> None:
     args = PretrainArguments()
     assert args.num_attention_heads % args.num_key_value_heads == 0 and args.block_size <= args.max_position_embeddings
-
-
