@@ -1,4 +1,5 @@
-"""What each of PPO's defaults is worth, and gold against √KL: `python -m benchmarks.ppo_ablation --runs runs/a runs/b …`.
+"""What each of PPO's defaults is worth, and gold against √KL:
+`python -m benchmarks.ppo_ablation --runs runs/a runs/b …`.
 
 Every contender changes one thing of the preset's PPO and has the same episodes. A run of `--runs` is a folder that has
 gone through `make` up to the reward model, one a seed; PPO starts from its SFT model and reward model. Judged is the
@@ -147,7 +148,9 @@ def draw(curves: dict[str, dict[str, list[dict[str, float]]]], file: Path) -> No
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharex=True, layout="constrained")
-    for axis, metric, title in zip(axes, ("gold", "proxy"), ("gold: the program", "proxy: the reward model"), strict=True):
+    for axis, metric, title in zip(
+        axes, ("gold", "proxy"), ("gold: the program", "proxy: the reward model"), strict=True
+    ):
         for number, (name, runs) in enumerate(curves.items()):
             for i, points in enumerate(runs.values()):
                 places = [math.sqrt(max(0.0, point["eval/kl"])) for point in points]
@@ -183,7 +186,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                   f"KL {rows[-1]['eval/kl']:.2f}", flush=True)  # fmt: skip
     line = {"benchmark": "ppo-ablation", "contenders": report(found)}
     base = found[BASE].values()
-    line["ratio"] = round(statistics.mean(r[-1]["eval/gold"] for r in base) / statistics.mean(r[0]["eval/gold"] for r in base), 3)
+    line["ratio"] = round(
+        statistics.mean(r[-1]["eval/gold"] for r in base) / statistics.mean(r[0]["eval/gold"] for r in base), 3
+    )
     if options.curve:
         disable_progress_bars()
         curves = {"PPO" if name == BASE else name: found[name] for name in CURVES if name in found}
