@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.errors import UserError
 from pipeline.gpt import GPTForCausalLM, GPTForSequenceClassification
 from pipeline.sources import is_local
+from pipeline.tokenizer import check_fits
 
 
 def load_policy(path: str, device: torch.device | str | None = None) -> PreTrainedModel:
@@ -48,6 +49,17 @@ def load_critic(path: str, device: torch.device | str | None = None) -> PreTrain
         if hasattr(critic.config, name):
             delattr(critic.config, name)
     return critic
+
+
+def fit_embeddings(model: PreTrainedModel, tokenizer: Any, path: str) -> None:
+    """Make room for the pad token that `load_tokenizer` had to add; UserError for any other entry beyond the model's.
+
+    The new row is drawn around the mean of the others, so that its logit is an ordinary one.
+    """
+    size = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) == size + 1 and tokenizer.pad_token_id == size:
+        model.resize_token_embeddings(len(tokenizer))
+    check_fits(tokenizer, model.config.get_text_config().vocab_size, path)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.models import load_reward
+from pipeline.models import fit_embeddings, load_reward
 from pipeline.runtime import use_bf16
 from pipeline.tokenizer import load_tokenizer
 from reward_data.formats import text_of
@@ -45,6 +45,7 @@ class RewardModel:
         self.model: nn.Module = load_reward(path).to(self.device).eval().requires_grad_(False)
         if self.model.config.num_labels != 1:
             raise UserError(f"{path} is a classifier with {self.model.config.num_labels} labels; a reward needs one")
+        fit_embeddings(self.model, self.tokenizer, str(path))
         self.mean = float(getattr(self.model.config, "reward_mean", 0.0))
         self.std = float(getattr(self.model.config, "reward_std", 1.0))
         self.context = getattr(self.model.config, "max_position_embeddings", None)
@@ -77,7 +78,7 @@ class RewardModel:
     def _forward(self, rows: list[list[int]]) -> Tensor:
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
         width = int(lengths.max())
-        pad = self.tokenizer.pad_token_id or 0
+        pad = self.tokenizer.pad_token_id
         ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=self.device)
         mask = (torch.arange(width, device=self.device) < lengths[:, None]).long()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):

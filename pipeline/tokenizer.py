@@ -91,7 +91,10 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str], **options: Any)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
-    """Open a tokenizer from a folder or the hub; refuses one whose pad token is an end token."""
+    """Open a tokenizer from a folder or the hub; its pad token is never an end token.
+
+    Where it has no other (GPT-2's), `<|pad|>` is added at the end, for which `models.fit_embeddings` makes room.
+    """
     from transformers import AutoTokenizer
 
     if is_local(path) and not Path(path).is_dir():
@@ -105,7 +108,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
         spare = next((t for t in (PAD, "<|finetune_right_pad_id|>", "<|padding|>") if t in tokenizer.get_vocab()), None)
         tokenizer.pad_token = spare or tokenizer.unk_token
         if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-            raise UserError(f"the tokenizer of {path} has no pad token apart from its end token; add one and save it")
+            tokenizer.add_special_tokens({"pad_token": PAD})
     return tokenizer
 
 

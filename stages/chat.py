@@ -20,9 +20,9 @@ from pipeline import data, runtime
 from pipeline.arguments import ChatArguments
 from pipeline.errors import UserError
 from pipeline.evaluate import plain_text
-from pipeline.models import load_policy, parameter_count
+from pipeline.models import fit_embeddings, load_policy, parameter_count
 from pipeline.sampler import Sampling, stream
-from pipeline.tokenizer import END_OF_TURN, check_fits, load_tokenizer, prompt_ids, stop_ids
+from pipeline.tokenizer import END_OF_TURN, load_tokenizer, prompt_ids, stop_ids
 
 COMMANDS = "/exit, /reset, /temperature X"
 
@@ -121,7 +121,7 @@ def open_chat(args: ChatArguments) -> Chat:
         raise UserError(f"chat: {path} does not exist; run `make {path.name}` first, or set model_name_or_path")
     model = load_policy(args.model_name_or_path, "cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(args.model_name_or_path)
-    check_fits(tokenizer, model.config.get_text_config().vocab_size, args.model_name_or_path)
+    fit_embeddings(model, tokenizer, args.model_name_or_path)
     sampling = Sampling(args.temperature, top_p=args.top_p)
     generator = torch.Generator(model.device).manual_seed(args.seed)
     raw = args.raw or tokenizer.chat_template is None or not _ends_turns(model, tokenizer)

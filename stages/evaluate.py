@@ -24,9 +24,9 @@ from pipeline.evaluate import (
     sequence_kl,
     win_rate,
 )
-from pipeline.models import load_policy
+from pipeline.models import fit_embeddings, load_policy
 from pipeline.rewards import RewardModel, checked, load_function
-from pipeline.tokenizer import check_fits, load_tokenizer
+from pipeline.tokenizer import load_tokenizer
 
 
 def main(args: EvaluateArguments) -> None:
@@ -62,7 +62,7 @@ def load_policies(names: dict[str, str], stage: runtime.Stage) -> dict[str, Poli
     policies = {}
     for name, path in names.items():
         model, tokenizer = load_policy(path, stage.device), load_tokenizer(path)
-        check_fits(tokenizer, model.config.get_text_config().vocab_size, path)
+        fit_embeddings(model, tokenizer, path)
         policies[name] = Policy(model, tokenizer, plain=name == "pretrain")
         if tokenizer.get_vocab() != policies["pretrain"].tokenizer.get_vocab():
             raise UserError(

@@ -5,10 +5,10 @@ from pathlib import Path
 from pipeline import data, runtime
 from pipeline.arguments import PPOArguments
 from pipeline.errors import UserError
-from pipeline.models import add_lora, load_critic, load_policy
+from pipeline.models import add_lora, fit_embeddings, load_critic, load_policy
 from pipeline.ppo import PPOTrainer
 from pipeline.rewards import load_function, load_rewards, reward_names
-from pipeline.tokenizer import check_fits, load_tokenizer
+from pipeline.tokenizer import load_tokenizer
 
 SHOWN = ("step", "episode", "objective/scores", "objective/kl", "objective/entropy", "response/length",
          "policy/approxkl_avg", "val/explained_variance", "episodes_per_s",
@@ -25,8 +25,8 @@ def main(args: PPOArguments) -> None:
     tokenizer = load_tokenizer(args.model_name_or_path)
     policy = load_policy(args.model_name_or_path)
     critic = load_critic(args.critic_name_or_path)
-    check_fits(tokenizer, policy.config.vocab_size, args.model_name_or_path)
-    check_fits(tokenizer, critic.config.vocab_size, args.critic_name_or_path)
+    fit_embeddings(policy, tokenizer, args.model_name_or_path)
+    fit_embeddings(critic, tokenizer, args.critic_name_or_path)
     if args.use_peft:
         policy = add_lora(policy, args.lora_r, args.lora_alpha, args.lora_target_modules)
         critic = add_lora(critic, args.lora_r, args.lora_alpha)

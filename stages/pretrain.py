@@ -23,9 +23,9 @@ from pipeline.hf_trainer import (
     training_kwargs,
     why_not_compile,
 )
-from pipeline.models import load_policy, parameter_count
+from pipeline.models import fit_embeddings, load_policy, parameter_count
 from pipeline.packing import Packed, StreamedRows, collate, held_out_nats, pack
-from pipeline.tokenizer import check_fits, load_tokenizer
+from pipeline.tokenizer import load_tokenizer
 
 BIGRAM_VOCABULARY = 8192  # at most: the bigram's table is the square of it
 BIGRAM_ROWS = 20_000  # of a stream, to fit the bigram on
@@ -114,7 +114,7 @@ def build_model(args: PretrainArguments, tokenizer: object) -> torch.nn.Module:
     """A GPT with random weights of the configured shape, or the weights of `model_name_or_path`."""
     if args.model_name_or_path:
         model = load_policy(args.model_name_or_path)
-        check_fits(tokenizer, model.config.vocab_size, args.model_name_or_path)
+        fit_embeddings(model, tokenizer, args.model_name_or_path)
         return model.train()
     if args.block_size > args.max_position_embeddings:
         limit = args.max_position_embeddings

@@ -11,9 +11,9 @@ from pipeline.arguments import RewardArguments
 from pipeline.checkpoint import write_json
 from pipeline.errors import UserError
 from pipeline.hf_trainer import StageCallback, attach, optimizer_kwargs, save_model, train, training_kwargs
-from pipeline.models import load_critic
+from pipeline.models import fit_embeddings, load_critic
 from pipeline.rewards import RewardModel
-from pipeline.tokenizer import check_fits, load_tokenizer
+from pipeline.tokenizer import load_tokenizer
 
 CALIBRATION_BINS = 10
 
@@ -24,7 +24,7 @@ def main(args: RewardArguments) -> None:
     tokenizer = load_tokenizer(args.model_name_or_path)
     model = load_critic(args.model_name_or_path).train()  # the trunk of the SFT model, a new head N(0, 1/(d+1))
     model.config.pad_token_id = tokenizer.pad_token_id
-    check_fits(tokenizer, model.config.vocab_size, args.model_name_or_path)
+    fit_embeddings(model, tokenizer, args.model_name_or_path)
     rows = data.load_preferences(args.dataset, split="train", seed=args.seed, size=None)
     held_out = data.load_preferences(args.dataset, split="test", seed=args.seed, size=None)
     check_lengths(args, tokenizer, {"train": rows, "test": held_out})

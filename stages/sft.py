@@ -7,15 +7,15 @@ from pipeline import data, runtime
 from pipeline.arguments import SFTArguments
 from pipeline.errors import UserError
 from pipeline.hf_trainer import StageCallback, attach, optimizer_kwargs, save_model, train, training_kwargs
-from pipeline.models import load_policy
-from pipeline.tokenizer import END_OF_TURN, check_fits, load_tokenizer
+from pipeline.models import fit_embeddings, load_policy
+from pipeline.tokenizer import END_OF_TURN, load_tokenizer
 
 
 def main(args: SFTArguments) -> None:
     """Teach the model to answer: the loss is on the tokens of the answer and of its end, not on the prompt."""
     stage = runtime.Stage(args, "sft", {"model": args.model_name_or_path, "dataset": args.dataset})
     tokenizer, model = load_tokenizer(args.model_name_or_path), load_policy(args.model_name_or_path).train()
-    check_fits(tokenizer, model.config.vocab_size, args.model_name_or_path)
+    fit_embeddings(model, tokenizer, args.model_name_or_path)
     rows = data.load_instructions(args.dataset, split="train", seed=args.seed, size=args.dataset_size)
     held_out = data.load_instructions(args.dataset, split="validation", seed=args.seed, size=args.validation_size)
     trainer = build_trainer(args, stage, model, tokenizer, rows, held_out)

@@ -63,7 +63,7 @@ def laid_out(rollout, side):
     starts = rollout.prompt_lengths.tolist()
     width = max(map(len, rows))
     if side == "packed":
-        ids = torch.tensor([sum(rows, [])])
+        ids = torch.tensor([[token for row in rows for token in row]])
         positions = torch.tensor([[i for row in rows for i in range(len(row))]])
         predicts = torch.tensor([[s - 1 <= i < len(r) - 1 for r, s in zip(rows, starts, strict=True)
                                   for i in range(len(r))]])  # fmt: skip
