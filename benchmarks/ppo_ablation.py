@@ -37,6 +37,8 @@ CHANGES: dict[str, list[str]] = {
     # ---- what else one may ask
     "no KL penalty": ["--kl_coef", "0"],
     "critic from the policy": ["--critic_name_or_path", "{run_dir}/sft"],
+    "shared trunk": ["--share_trunk", "True"],
+    "shared trunk, weight 0.5": ["--share_trunk", "True", "--vf_coef", "0.5"],
     "clip-higher 0.28": ["--cliprange_high", "0.28"],
     "entropy bonus 0.01": ["--entropy_coef", "0.01"],
     "whitened rewards": ["--whiten_rewards", "True"],

@@ -255,7 +255,8 @@ class PPOArguments(StageArguments, PPOConfig):
     uwo_coef: float = 0.1
     """λ of uwo: how much disagreement among the members costs."""
     critic_name_or_path: str = "{run_dir}/reward"
-    """Model whose trunk the critic starts from (the reward model or the policy); its head is new."""
+    """Model whose trunk the critic starts from (the reward model or the policy); its head is new. Not with
+    share_trunk."""
     gold: str | None = None
     """Judge `module:name` that is only looked at (eval/gold), never optimised."""
     ptx_dataset: str | None = None

@@ -82,13 +82,19 @@ class PPOConfig:
     """The critic's loss does not reward moving further than this from its value at sampling time; none: it may."""
     target_kl: float | None = None
     """An update's policy steps stop once a mini-batch's approximate KL to the sampling policy exceeds this."""
+    share_trunk: bool = False
+    """The critic is a linear head on the policy's own hidden states instead of a network of its own: little more than
+    half the work and memory of an update, but its errors move the policy's weights too."""
+    vf_coef: float = 0.1
+    """Weight of the critic's loss in the common one; only with share_trunk."""
     critic_warmup_updates: int = 2
-    """Updates at the start in which only the critic learns (value pretraining, arXiv 2504.05118)."""
+    """Updates at the start in which only the critic learns (value pretraining, arXiv 2504.05118); with share_trunk its
+    head alone."""
 
     learning_rate: float = 3e-6
     """Peak learning rate of the policy (AdamW). Models of a few million parameters take 1e-4 and more."""
     critic_learning_rate: float = 1e-5
-    """Peak learning rate of the critic (AdamW)."""
+    """Peak learning rate of the critic (AdamW); with share_trunk of its head."""
     lr_scheduler_type: Literal["linear", "constant"] = "linear"
     """linear: both learning rates fall to 0 over the run; constant: they stay."""
     warmup_steps: int = 0

@@ -17,19 +17,23 @@ SHOWN = ("step", "episode", "objective/scores", "objective/kl", "objective/entro
 
 
 def main(args: PPOArguments) -> None:
-    """Policy and reference start from the SFT model, the critic from the reward model; the reward model stays fixed."""
+    """Policy and reference start from the SFT model, the critic from the reward model unless it sits on the policy's
+    trunk; the reward model stays fixed."""
     rewards = {f"reward_{i}": r for i, r in enumerate(reward_names(args.reward)) if ":" not in r}
-    inputs = {"model": args.model_name_or_path, "critic": args.critic_name_or_path, **rewards}
+    inputs = {"model": args.model_name_or_path, **rewards}
+    if not args.share_trunk:
+        inputs["critic"] = args.critic_name_or_path
     stage = runtime.Stage(args, "ppo", inputs | {"dataset": args.dataset, "ptx_dataset": args.ptx_dataset})
     stage.shown = SHOWN
     tokenizer = load_tokenizer(args.model_name_or_path)
     policy = load_policy(args.model_name_or_path)
-    critic = load_critic(args.critic_name_or_path)
+    critic = None if args.share_trunk else load_critic(args.critic_name_or_path)
     fit_embeddings(policy, tokenizer, args.model_name_or_path)
-    fit_embeddings(critic, tokenizer, args.critic_name_or_path)
+    if critic is not None:
+        fit_embeddings(critic, tokenizer, args.critic_name_or_path)
     if args.use_peft:
         policy = add_lora(policy, args.lora_r, args.lora_alpha, args.lora_target_modules)
-        critic = add_lora(critic, args.lora_r, args.lora_alpha)
+        critic = critic and add_lora(critic, args.lora_r, args.lora_alpha)
     trainer = PPOTrainer(
         policy=policy,
         reference=None,  # the policy as it is now

@@ -89,7 +89,7 @@ def settings(tmp_path, **changes):
 def trainer(tmp_path, *, models=None, rewards=count_t7, rows=None, words=None, reference=None, gold=None,
             eval_rows=None, callbacks=None, ptx_dataset=None, **changes):  # fmt: skip
     """A PPOTrainer of tiny parts that keeps its log in `trainer.rows`."""
-    actor, judge = models or (policy(), critic())
+    actor, judge = models or (policy(), None if changes.get("share_trunk") else critic())
     made = PPOTrainer(actor, reference, rewards, judge, settings(tmp_path, **changes), rows or prompts(), eval_rows,
                       words or tokenizer(), gold=gold, callbacks=callbacks,
                       ptx_dataset=ptx_dataset)  # fmt: skip

@@ -110,17 +110,18 @@ TWO = """
 import sys, torch
 sys.path[:0] = ["tests", "."]
 from test_ppo_invariance import run
-found = run(sys.argv[1], torch.load(sys.argv[2], weights_only=True))
+found = run(sys.argv[1], torch.load(sys.argv[2], weights_only=True), sys.argv[4] == "True")
 if found["rank"] == 0:
     torch.save(found, sys.argv[3])
 """
 
 
-def run(folder, answers):
+def run(folder, answers, share_trunk):
     """Two updates from given answers with everything that processes share, then an evaluation; this process's part."""
-    made = trainer(Path(folder), num_mini_batches=1, num_ppo_epochs=2, ema_decay=0.5, entropy_coef=0.02, ptx_coef=0.5,
-                   ptx_batch_size=4, normalize_scores=True, eval_rows=prompts(12), adaptive_kl_target=0.01,
-                   adaptive_kl_horizon=20, ptx_dataset=["t6 t7 t8", "t9", "t7 t7", "t10 t11 t6 t8"])  # fmt: skip
+    made = trainer(Path(folder), share_trunk=share_trunk, num_mini_batches=1, num_ppo_epochs=2, ema_decay=0.5,
+                   entropy_coef=0.02, ptx_coef=0.5, ptx_batch_size=4, normalize_scores=True, eval_rows=prompts(12),
+                   adaptive_kl_target=0.01, adaptive_kl_horizon=20,
+                   ptx_dataset=["t6 t7 t8", "t9", "t7 t7", "t10 t11 t6 t8"])  # fmt: skip
     made.ptx.ids = made.ptx.ids[made.rank :: made.world]
     made.ptx.draw = lambda count, random, device: draw_all(made.ptx, count, device)
     for prompts_, completions, scores in answers:
@@ -156,15 +157,16 @@ def given_answers(folder):
     return found
 
 
-def test_two_processes_end_where_one_does(tmp_path):
+@pytest.mark.parametrize("share_trunk", [False, True], ids=["two networks", "one trunk"])
+def test_two_processes_end_where_one_does(tmp_path, share_trunk):
     """Weights, their average, β, normalised scores, every metric and the held-out figures, after two updates."""
     answers = given_answers(tmp_path)
     torch.save(answers, tmp_path / "answers.pt")
-    one = run(tmp_path, answers)
+    one = run(tmp_path, answers, share_trunk)
     script, result = tmp_path / "two.py", tmp_path / "result.pt"
     script.write_text(TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29511",
-               str(script), str(tmp_path), str(tmp_path / "answers.pt"), str(result)]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+               str(script), str(tmp_path), str(tmp_path / "answers.pt"), str(result), str(share_trunk)]  # fmt: skip
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     two = torch.load(result, weights_only=True)

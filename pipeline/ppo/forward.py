@@ -1,7 +1,7 @@
-"""The two forward passes of PPO, as modules that DistributedDataParallel can wrap.
+"""The forward passes of PPO, as modules that DistributedDataParallel can wrap.
 
-Both read right-padded rows under plain causal attention: padding comes after every real token, so none can see it and
-no attention mask is needed. Both look only at the places that predict a response token, laid end to end, so nothing of
+All read right-padded rows under plain causal attention: padding comes after every real token, so none can see it and
+no attention mask is needed. All look only at the places that predict a response token, laid end to end, so nothing of
 shape batch × length × vocabulary ever exists.
 """
 
@@ -71,13 +71,22 @@ class TokenLogprobs(nn.Module):
         self, ids: Tensor, predicts: Tensor, entropy: bool = False, temperature: float | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """`ids` (b, t) long, `predicts` (b, t) bool as `response_positions` gives it → (N,) float32, row by row."""
-        temperature = self.temperature if temperature is None else temperature
-        model = without_wrapper(self.model)
+        return self.logprobs(self.hidden(ids, predicts), ids, predicts, entropy, temperature)
+
+    def hidden(self, ids: Tensor, predicts: Tensor) -> Tensor:
+        """The last hidden states (N, D) at the predicting places."""
         with self.recomputed:
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            states = without_wrapper(self.model).base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return states[predicts]
+
+    def logprobs(
+        self, hidden: Tensor, ids: Tensor, predicts: Tensor, entropy: bool, temperature: float | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `forward` returns, from the hidden states at the predicting places."""
+        temperature = self.temperature if temperature is None else temperature
         targets = ids[:, 1:][predicts[:, :-1]]
-        head = model.get_output_embeddings()
-        return logprobs_from_hidden(hidden[predicts], targets, head, head.weight.shape[0], temperature, entropy)
+        head = without_wrapper(self.model).get_output_embeddings()
+        return logprobs_from_hidden(hidden, targets, head, head.weight.shape[0], temperature, entropy)
 
 
 class AdapterOff:
@@ -125,6 +134,36 @@ class TokenValues(nn.Module):
         model = without_wrapper(self.model)
         with self.recomputed:
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[predicts]
-        # The head is one row: fp32 costs nothing, and bf16 would round returns near 1 to steps of 0.008.
-        with torch.autocast(hidden.device.type, enabled=False):
-            return model.score(hidden.float()).squeeze(-1)
+        return read_values(hidden, model.score)
+
+
+def read_values(hidden: Tensor, head: nn.Module) -> Tensor:
+    """V (N,) of hidden states (N, D) in fp32: the head is one row, and bf16 would round returns near 1 to 0.008."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head(hidden.float()).squeeze(-1)
+
+
+def value_head(policy: nn.Module) -> nn.Linear:
+    """A head for `TokenLogprobsAndValues`, N(0, 1/(D+1)) without bias (arXiv 2403.17031)."""
+    embedding = without_wrapper(policy).get_input_embeddings().weight
+    width = without_wrapper(policy).get_output_embeddings().weight.shape[1]
+    head = nn.Linear(width, 1, bias=False, device=embedding.device)
+    nn.init.normal_(head.weight, std=(width + 1) ** -0.5)
+    return head
+
+
+class TokenLogprobsAndValues(TokenLogprobs):
+    """Policy and critic on one trunk: log-probabilities as TokenLogprobs, and V(s_t) by a head on the same states."""
+
+    def __init__(self, model: nn.Module, head: nn.Linear, temperature: float, gradient_checkpointing: bool) -> None:
+        super().__init__(model, temperature, gradient_checkpointing)
+        self.head = head
+
+    def forward(
+        self, ids: Tensor, predicts: Tensor, entropy: bool = False, temperature: float | None = None,
+        trunk_learns: bool = True,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+        """As TokenLogprobs, and the values (N,); without `trunk_learns` the values' gradient ends at the head."""
+        hidden = self.hidden(ids, predicts)
+        values = read_values(hidden if trunk_learns else hidden.detach(), self.head)
+        return *self.logprobs(hidden, ids, predicts, entropy, temperature), values

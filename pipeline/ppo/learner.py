@@ -53,13 +53,15 @@ class Learner:
         plan = self.plan(rollout, update, epoch=0)
         clocks = [start]
         with self.accelerator.autocast():
-            rollout.logprobs, rollout.entropy = rollout.per_token(
-                lambda *inputs: self.policy_forward(*inputs, entropy=True), plan, outputs=2
-            )
+            names = ("logprobs", "entropy", "values")[: 3 if args.share_trunk else 2]
+            tables = rollout.per_token(lambda *inputs: self.policy_forward(*inputs, entropy=True), plan, len(names))
+            for name, table in zip(names, tables, strict=True):
+                setattr(rollout, name, table)
             clocks.append(self._clock())
             (rollout.ref_logprobs,) = rollout.per_token(lambda *inputs: self.reference_forward(*inputs)[0], plan)
             clocks.append(self._clock())
-            (rollout.values,) = rollout.per_token(self.critic_forward, plan)
+            if not args.share_trunk:
+                (rollout.values,) = rollout.per_token(self.critic_forward, plan)
             clocks.append(self._clock())
 
         lengths, mask = rollout.response_lengths, rollout.mask
@@ -90,12 +92,13 @@ class Learner:
             counts = torch.stack([rollout.response_lengths[torch.cat(rows)].sum() for rows in plan]).float()
             counts = self.reduce(counts) if self.reduce else counts
             for i, (micro_batches, tokens) in enumerate(zip(plan, counts, strict=True)):
-                self.critic_step(rollout, micro_batches, tokens, log)
-                if self.policy_moves:
-                    if self.ptx:
-                        self.pretraining_loss(
-                            seeded(self.args.seed, PRETRAINING, update, epoch, i, self.rank), tokens, log
-                        )
+                if not self.args.share_trunk:
+                    self.critic_step(rollout, micro_batches, tokens, log)
+                if self.policy_moves and self.ptx:
+                    self.pretraining_loss(seeded(self.args.seed, PRETRAINING, update, epoch, i, self.rank), tokens, log)
+                if self.args.share_trunk:
+                    self.common_step(rollout, micro_batches, tokens, log)
+                elif self.policy_moves:
                     self.policy_step(rollout, micro_batches, tokens, log)
         metrics = log.means(self.reduce)
         if not all(map(math.isfinite, metrics.values())):
@@ -110,29 +113,18 @@ class Learner:
         """One step on the mean value loss over all `tokens` of a mini-batch, summed up micro-batch by micro-batch."""
         for rows, sync in self._micro_batches(micro_batches, self.critic_train):
             with sync:
-                old_values, returns = rollout.flat(rollout.values, rows), rollout.flat(rollout.returns, rows)
-                values = self.critic_train(*rollout.inputs(rows))
-                loss, sums = A.value_loss(values, old_values, returns, self.args.cliprange_value)
+                loss, sums = self.value_loss(rollout, rows, self.critic_train(*rollout.inputs(rows)))
                 # DistributedDataParallel takes the mean over processes; `tokens` counts those of all processes.
                 self.accelerator.backward(loss * self.world / tokens)
-            log.add({"loss/value_avg": loss.detach(), **sums})
+            log.add(sums)
         log.close(tokens, {"critic/grad_norm": self._clip_and_step(self.critic_train, self.critic_optimizer)})
 
     def policy_step(self, rollout: Rollout, micro_batches: list[Tensor], tokens: Tensor, log: MetricSums) -> None:
         """One step on the mean clipped surrogate over all `tokens`; past `target_kl` none, and no more this update."""
-        args = self.args
         for rows, sync in self._micro_batches(micro_batches, self.policy_train):
             with sync:
-                old, advantages = rollout.flat(rollout.logprobs, rows), rollout.flat(rollout.advantages, rows)
-                weights = None if rollout.weights is None else rollout.flat(rollout.weights, rows)
-                logprobs, entropy = self.policy_train(*rollout.inputs(rows), entropy=bool(args.entropy_coef))
-                loss, sums = A.policy_loss(
-                    logprobs, old, advantages, args.cliprange, args.cliprange_high, args.dual_clip, weights
-                )
-                sums["loss/policy_avg"] = loss.detach()
-                if args.entropy_coef:
-                    loss = loss - args.entropy_coef * entropy.sum()
-                    sums["policy/entropy_avg"] = entropy.detach().sum()
+                found = self.policy_train(*rollout.inputs(rows), entropy=bool(self.args.entropy_coef))
+                loss, sums = self.policy_loss(rollout, rows, *found)
                 self.accelerator.backward(loss * self.world / tokens)
             log.add(sums)
         if self._too_far(log.open["policy/approxkl_avg"] / tokens):
@@ -141,6 +133,50 @@ class Learner:
             log.close(tokens, {})
             return
         log.close(tokens, {"policy/grad_norm": self._clip_and_step(self.policy_train, self.policy_optimizer)})
+
+    def common_step(self, rollout: Rollout, micro_batches: list[Tensor], tokens: Tensor, log: MetricSums) -> None:
+        """With `share_trunk`: one step on policy loss + vf_coef · value loss; the head alone while the policy rests."""
+        args, moves = self.args, self.policy_moves
+        for rows, sync in self._micro_batches(micro_batches, self.policy_train):
+            with sync:
+                logprobs, entropy, values = self.policy_train(
+                    *rollout.inputs(rows), entropy=bool(args.entropy_coef), trunk_learns=moves
+                )
+                value_loss, sums = self.value_loss(rollout, rows, values)
+                loss, policy_sums = self.policy_loss(rollout, rows, logprobs, entropy)
+                # While the policy rests its loss counts 0 instead of being left out: DistributedDataParallel waits for
+                # every gradient
+                self.accelerator.backward((loss * moves + args.vf_coef * value_loss) * self.world / tokens)
+            log.add(sums | (policy_sums if moves else {}))
+        if moves and self._too_far(log.open["policy/approxkl_avg"] / tokens):
+            self.policy_moves = moves = False
+        if not moves:
+            for parameter in self.policy.parameters():
+                parameter.grad = None
+        norm = self._clip_and_step(self.policy_train, self.policy_optimizer)
+        log.close(tokens, {"policy/grad_norm" if moves else "critic/grad_norm": norm})
+
+    def policy_loss(
+        self, rollout: Rollout, rows: Tensor, logprobs: Tensor, entropy: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Clipped surrogate less entropy_coef · entropy of a micro-batch, summed over its tokens; sums for the log."""
+        args = self.args
+        old, advantages = rollout.flat(rollout.logprobs, rows), rollout.flat(rollout.advantages, rows)
+        weights = None if rollout.weights is None else rollout.flat(rollout.weights, rows)
+        loss, sums = A.policy_loss(
+            logprobs, old, advantages, args.cliprange, args.cliprange_high, args.dual_clip, weights
+        )
+        sums["loss/policy_avg"] = loss.detach()
+        if args.entropy_coef:
+            loss = loss - args.entropy_coef * entropy.sum()
+            sums["policy/entropy_avg"] = entropy.detach().sum()
+        return loss, sums
+
+    def value_loss(self, rollout: Rollout, rows: Tensor, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The critic's loss of a micro-batch, summed over its tokens; sums for the log."""
+        old_values, returns = rollout.flat(rollout.values, rows), rollout.flat(rollout.returns, rows)
+        loss, sums = A.value_loss(values, old_values, returns, self.args.cliprange_value)
+        return loss, {"loss/value_avg": loss.detach(), **sums}
 
     def pretraining_loss(self, random: torch.Generator, tokens: Tensor, log: MetricSums) -> None:
         """Gradients of ptx_coef · mean loss on pretraining text (InstructGPT), ahead of the policy step's own."""
@@ -151,7 +187,7 @@ class Learner:
         size = args.per_device_train_batch_size
         for part, places in zip(ids.split(size), predicts.split(size), strict=True):
             with self.accelerator.no_sync(self.policy_train):  # the policy step's last backward pass sums them all
-                logprobs, _ = self.policy_train(part, places, temperature=1.0)
+                logprobs = self.policy_train(part, places, temperature=1.0)[0]
                 loss = -logprobs.sum() / count
                 self.accelerator.backward(args.ptx_coef * loss * self.world)
             log.add({"loss/ptx_avg": loss.detach() * tokens})
@@ -200,12 +236,9 @@ class Learner:
         factor = min(1.0, (update + 1) / args.warmup_steps) if args.warmup_steps else 1.0
         if args.lr_scheduler_type == "linear":
             factor *= 1 - update / self.total_updates
-        for optimizer, rate in (
-            (self.policy_optimizer, args.learning_rate),
-            (self.critic_optimizer, args.critic_learning_rate),
-        ):
+        for optimizer in (self.policy_optimizer, self.critic_optimizer):
             for group in optimizer.param_groups:
-                group["lr"] = rate * factor
+                group["lr"] = group["rate"] * factor
 
     def _clock(self) -> float:
         if self.device.type == "cuda":

@@ -19,22 +19,22 @@ def build_accelerator(args: PPOConfig) -> Accelerator:
     return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
 
 
-def build_optimizer(model: nn.Module, args: PPOConfig, learning_rate: float) -> torch.optim.AdamW:
-    """AdamW whose weight decay leaves out norms and biases."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if any(p.dtype != torch.float32 for p in parameters):
-        raise UserError(
-            f"{type(model).__name__}: its trained weights are not in fp32, which rounds small steps away; load it with "
-            "dtype=torch.float32 (mixed_precision computes in bf16 all the same)"
-        )
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": args.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+def build_optimizer(args: PPOConfig, *models: tuple[nn.Module, float]) -> torch.optim.AdamW:
+    """AdamW of models, each with its peak learning rate, kept as `rate`; weight decay leaves out norms and biases."""
+    groups = []
+    for model, rate in models:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        if any(p.dtype != torch.float32 for p in parameters):
+            raise UserError(
+                f"{type(model).__name__}: its trained weights are not in fp32, which rounds small steps away; load it "
+                "with dtype=torch.float32 (mixed_precision computes in bf16 all the same)"
+            )
+        for decayed in (True, False):
+            group = [p for p in parameters if (p.ndim >= 2) == decayed]
+            decay = args.weight_decay if decayed else 0.0
+            groups.append({"params": group, "weight_decay": decay, "lr": rate, "rate": rate})
     betas = (args.adam_beta1, args.adam_beta2)
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], learning_rate, betas=betas, eps=args.adam_epsilon, fused=True
-    )
+    return torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=args.adam_epsilon, fused=True)
 
 
 def combine_rewards(rewards: RewardFunction | Sequence[RewardFunction]) -> RewardFunction:
@@ -67,7 +67,7 @@ def check_config(args: PPOConfig, world: int, tokenizer: Any) -> None:
         if not getattr(args, name) > 0:
             raise UserError(f"{name}: {getattr(args, name)} must be above 0")
     for name in ("kl_coef", "missing_eos_penalty", "critic_warmup_updates", "warmup_steps", "weight_decay",
-                 "eval_steps", "save_steps", "ref_sync_updates", "entropy_coef", "ptx_coef"):  # fmt: skip
+                 "eval_steps", "save_steps", "ref_sync_updates", "entropy_coef", "ptx_coef", "vf_coef"):  # fmt: skip
         if not getattr(args, name) >= 0:
             raise UserError(f"{name}: {getattr(args, name)} must not be negative")
     if args.batch_size % (world * args.num_generations):

@@ -26,7 +26,7 @@ COUNTERS = ("updates_done", "tokens", "seconds", "metrics", "kl_coef", "best", "
 # What must not change between the parts of one run, or its result would be of neither.
 FIXED = ("seed", "total_episodes", "batch_size", "num_mini_batches", "num_ppo_epochs", "per_device_train_batch_size",
          "num_generations", "response_length", "temperature", "ref_sync_updates",
-         "ema_decay", "adaptive_kl_target")  # fmt: skip
+         "ema_decay", "adaptive_kl_target", "share_trunk")  # fmt: skip
 
 
 def save_state(trainer: "PPOTrainer") -> None:
@@ -40,7 +40,7 @@ def save_state(trainer: "PPOTrainer") -> None:
             save_model(trainer.reference_forward.model, str(folder / "reference.safetensors"))
         state = {
             "policy_optimizer": trainer.policy_optimizer.state_dict(),
-            "critic_optimizer": trainer.critic_optimizer.state_dict(),
+            "critic_optimizer": None if trainer.args.share_trunk else trainer.critic_optimizer.state_dict(),
             "counters": {name: getattr(trainer, name) for name in COUNTERS},
             "average": trainer.average.values if trainer.average else None,
             "identity": _identity(trainer),
@@ -66,7 +66,8 @@ def load_state(trainer: "PPOTrainer", folder: Path) -> None:
     _load_weights(trainer.policy, folder / "policy.safetensors")
     _load_weights(trainer.critic, folder / "critic.safetensors")
     trainer.policy_optimizer.load_state_dict(state["policy_optimizer"])
-    trainer.critic_optimizer.load_state_dict(state["critic_optimizer"])
+    if not trainer.args.share_trunk:
+        trainer.critic_optimizer.load_state_dict(state["critic_optimizer"])
     if trainer.args.ref_sync_updates:
         load_model(trainer.reference_forward.model, str(folder / "reference.safetensors"))
     if trainer.average:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.checkpoint import latest_checkpoint
@@ -28,7 +29,13 @@ from pipeline.models import is_lora, save_whole
 from pipeline.ppo import algorithm as A
 from pipeline.ppo.evaluation import evaluate, keep_best
 from pipeline.ppo.extras import Average, PretrainingText
-from pipeline.ppo.forward import ReferenceLogprobs, TokenLogprobs, TokenValues
+from pipeline.ppo.forward import (
+    ReferenceLogprobs,
+    TokenLogprobs,
+    TokenLogprobsAndValues,
+    TokenValues,
+    value_head,
+)
 from pipeline.ppo.learner import Learner
 from pipeline.ppo.rollout import (
     PromptBatch,
@@ -62,7 +69,7 @@ class PPOTrainer(Learner):
     reference         model of the same vocabulary, frozen here; None: a copy of the policy as it is now, or the policy
                       with its adapter switched off
     rewards           `f(prompts, completions, **columns) -> list[float]`, or several, which are added up
-    critic            sequence classifier with one label; trained in place
+    critic            sequence classifier with one label; trained in place; None with `args.share_trunk`
     args              PPOConfig
     train_dataset     rows with `prompt` (text or messages); other columns go to the rewards
     eval_dataset      held-out rows of the same kind, looked at every `args.eval_steps` updates
@@ -80,7 +87,7 @@ class PPOTrainer(Learner):
         policy: nn.Module,
         reference: nn.Module | None,
         rewards: RewardFunction | Sequence[RewardFunction],
-        critic: nn.Module,
+        critic: nn.Module | None,
         args: PPOConfig,
         train_dataset: Any,
         eval_dataset: Any = None,
@@ -109,7 +116,10 @@ class PPOTrainer(Learner):
             raise UserError("best_metric is gold but there is no gold judge; give one, or choose another figure")
         self.ptx = PretrainingText(ptx_dataset, self.tokenizer, args.ptx_max_length) if args.ptx_coef else None
 
-        self.policy, self.critic = policy.to(self.device), critic.to(self.device)
+        if (critic is None) != args.share_trunk:
+            raise UserError("pass a critic, or set share_trunk for a head on the policy's own trunk: one of the two")
+        self.policy = policy.to(self.device)
+        self.critic = (critic if critic is not None else value_head(policy)).to(self.device)
         if reference is not None and reference is not policy:
             self.reference_forward = TokenLogprobs(reference.to(self.device).requires_grad_(False), args.temperature)
         elif is_lora(policy):
@@ -118,13 +128,24 @@ class PPOTrainer(Learner):
             self.reference_forward = ReferenceLogprobs(self.policy, args.temperature)
         else:
             self.reference_forward = TokenLogprobs(copy.deepcopy(policy).requires_grad_(False), args.temperature)
-        self.policy_forward = TokenLogprobs(self.policy, args.temperature, args.gradient_checkpointing)
-        self.critic_forward = TokenValues(self.critic, args.gradient_checkpointing)
-        self.policy_optimizer = build_optimizer(self.policy, args, args.learning_rate)
-        self.critic_optimizer = build_optimizer(self.critic, args, args.critic_learning_rate)
-        # Without gradients the modules above run as they are; training goes through DistributedDataParallel.
-        self.policy_train, self.policy_optimizer = self.accelerator.prepare(self.policy_forward, self.policy_optimizer)
-        self.critic_train, self.critic_optimizer = self.accelerator.prepare(self.critic_forward, self.critic_optimizer)
+        actor, judge = (self.policy, args.learning_rate), (self.critic, args.critic_learning_rate)
+        # Without gradients the modules `_forward` run as they are; training goes through DistributedDataParallel.
+        if args.share_trunk:
+            common = TokenLogprobsAndValues(self.policy, self.critic, args.temperature, args.gradient_checkpointing)
+            self.policy_forward = self.critic_forward = common
+            self.policy_train, self.policy_optimizer = self.accelerator.prepare(
+                common, build_optimizer(args, actor, judge)
+            )
+            self.critic_train, self.critic_optimizer = self.policy_train, self.policy_optimizer
+        else:
+            self.policy_forward = TokenLogprobs(self.policy, args.temperature, args.gradient_checkpointing)
+            self.critic_forward = TokenValues(self.critic, args.gradient_checkpointing)
+            self.policy_train, self.policy_optimizer = self.accelerator.prepare(
+                self.policy_forward, build_optimizer(args, actor)
+            )
+            self.critic_train, self.critic_optimizer = self.accelerator.prepare(
+                self.critic_forward, build_optimizer(args, judge)
+            )
 
         self.total_updates = math.ceil(args.total_episodes / args.batch_size)
         self.updates_done, self.tokens, self.seconds = 0, 0, 0.0
@@ -267,7 +288,7 @@ class PPOTrainer(Learner):
         self.tokens += round(metrics["response/length"] * self.args.batch_size)
         self.seconds += seconds
         metrics["lr"] = self.policy_optimizer.param_groups[0]["lr"]
-        metrics["critic/lr"] = self.critic_optimizer.param_groups[0]["lr"]
+        metrics["critic/lr"] = self.critic_optimizer.param_groups[-1]["lr"]
         metrics["episodes_per_s"] = self.args.batch_size / seconds
         metrics["seconds_left"] = (self.total_updates - self.updates_done) * self.seconds / self.updates_done
         due = self.updates_done % self.args.logging_steps == 0 or self.updates_done == self.total_updates
@@ -326,7 +347,8 @@ class PPOTrainer(Learner):
     # --- what is kept -------------------------------------------------------------------------------------------------
 
     def save_model(self, folder: str | Path) -> None:
-        """Write the policy with its tokenizer as a stock model folder, and the critic into its subfolder `critic`.
+        """Write the policy with its tokenizer as a stock model folder, and the critic into its subfolder `critic`
+        (with share_trunk its head alone, as value_head.safetensors).
 
         The average of `args.ema_decay` goes into the subfolder `ema`, a model folder as well. LoRA is merged into the
         weights, so that each folder opens without peft; the adapter alone is in its subfolder `adapter`.
@@ -334,8 +356,11 @@ class PPOTrainer(Learner):
         if self.is_main:
             save_whole(self.policy, folder)
             self.tokenizer.save_pretrained(folder)
-            save_whole(self.critic, Path(folder) / "critic")
-            self.tokenizer.save_pretrained(Path(folder) / "critic")
+            if self.args.share_trunk:
+                save_file(dict(self.critic.state_dict()), Path(folder) / "value_head.safetensors")
+            else:
+                save_whole(self.critic, Path(folder) / "critic")
+                self.tokenizer.save_pretrained(Path(folder) / "critic")
             if self.average:
                 with self.average.inside(self.policy):
                     save_whole(self.policy, Path(folder) / "ema")
