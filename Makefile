@@ -35,7 +35,7 @@ endif
 
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
-.PHONY: all $(CHAIN) chat setup smoke test lint bench bench-train bench-sample bench-ppo bench-shakespeare course ablation clean help
+.PHONY: all $(CHAIN) chat setup smoke test lint bench bench-train bench-sample bench-ppo bench-shakespeare course ablation ablation-ppo clean help
 
 all: $(lastword $(STAGES)) ## the whole chain, then a table, samples and the report (default)
 	@$(if $(filter report,$(STAGES)),,echo "PRESET=$(PRESET) ends here: it is pretraining only. \`make chat PRESET=$(PRESET)\` writes on from your words")
@@ -121,6 +121,8 @@ bench-shakespeare: | $(READY) ## loss of PRESET=shakespeare in the time of nanoG
 	@python -m benchmarks.nanogpt $(if $(TEXT),--text '$(TEXT)') $(ARGS)
 course: | $(READY) ## the models of the course one after the other, and the loss each reaches
 	@python -m benchmarks.course $(ARGS)
+ablation-ppo: | $(READY) ## what each of PPO's defaults is worth (ARGS="--runs runs/a runs/b": folders that have a reward model)
+	@python -m benchmarks.ppo_ablation $(ARGS)
 ablation: | $(READY) ## optimizer, schedule and shape at equal time, for the table in LOG.md (hours)
 	@python -m benchmarks.ablation $(ARGS)
 

@@ -5,6 +5,9 @@ a critic beside it, against a reference and a reward model of the same size, at 
 ends early, so that both do the same work. Each run is a process of its own and times `train()` alone; ours and theirs
 take turns, a ratio is taken within a round, and the median over the rounds is reported.
 
+Ours runs once more with policy and critic on one trunk, which is not what TRL does: a figure apart. `--flat` is another
+question: whether speed and memory stay what they are over 500 updates of ours.
+
 TRL's mini-batches do not work (its issue 5645): it steps its optimizer at other times than ours, over the same number
 of passes. Its bf16 is ignored under transformers 5.
 """
@@ -22,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.ppo_shape import FULL, QUICK, model_config
+from benchmarks.ppo_shape import FLAT, FULL, QUICK, model_config
 
 ROOT = Path(__file__).parent.parent
 PEER_VERSION = "1.12.0"
@@ -51,6 +54,11 @@ def run_ours(mode: str, updates: int, quick: bool) -> dict[str, Any]:
     return _run(["-m", "benchmarks.ppo", "--ours"], mode, updates, quick, {})
 
 
+def run_trunk(mode: str, updates: int, quick: bool) -> dict[str, Any]:
+    """One timed run of our trainer with policy and critic on one trunk."""
+    return _run(["-m", "benchmarks.ppo", "--ours", "--trunk"], mode, updates, quick, {})
+
+
 def _run(what: list[str], mode: str, updates: int, quick: bool, extra: dict[str, str]) -> dict[str, Any]:
     command = [sys.executable, *what, "--mode", mode, "--updates", str(updates), *(["--quick"] if quick else [])]
     # At the tiny shape two threads only wait for each other
@@ -61,8 +69,8 @@ def _run(what: list[str], mode: str, updates: int, quick: bool, extra: dict[str,
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def ours(mode: str, updates: int, quick: bool) -> dict[str, Any]:
-    """Train `updates` updates in this process; returns the figures of the run."""
+def ours(mode: str, updates: int, shape: dict[str, int], trunk: bool = False) -> dict[str, Any]:
+    """Train `updates` updates in this process; returns the figures of the run, and seconds and memory by update."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config
 
@@ -70,19 +78,22 @@ def ours(mode: str, updates: int, quick: bool) -> dict[str, Any]:
     from pipeline.ppo import PPOConfig, PPOTrainer
     from pipeline.rewards import RewardModel
 
-    shape, precision = QUICK if quick else FULL, "bf16" if mode == "bf16" else "no"
+    precision = "bf16" if mode == "bf16" else "no"
     torch.manual_seed(0)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(shape["vocabulary"])}, unk_token="w2"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     tokenizer.eos_token_id, tokenizer.pad_token_id = None, 0
     policy = GPTForCausalLM(Qwen3Config(**model_config(shape)))
-    policy.generation_config.eos_token_id = shape["vocabulary"]  # no token at all: every answer has its full length
+    # For the comparison no token at all: every answer has its full length
+    policy.generation_config.eos_token_id = 1 if shape is FLAT else shape["vocabulary"]
     critic, reward = (GPTForSequenceClassification(Qwen3Config(num_labels=1, **model_config(shape))) for _ in range(2))
     ids = torch.randint(3, shape["vocabulary"], (updates * shape["batch"], shape["prompt"])).tolist()
     split: dict[str, float] = {}
+    updates_seen: list[tuple[float, float]] = []
 
     def account(trainer: PPOTrainer, metrics: dict[str, float]) -> None:
+        updates_seen.append((shape["batch"] / metrics["episodes_per_s"], resident_mb()))
         for name in ("time/sample", "time/score", "time/update"):
             split[name] = split.get(name, 0.0) + metrics[name]
 
@@ -93,21 +104,45 @@ def ours(mode: str, updates: int, quick: bool) -> dict[str, Any]:
             output_dir=folder, mixed_precision=precision, total_episodes=updates * shape["batch"],
             batch_size=shape["batch"], num_mini_batches=shape["mini_batches"], num_ppo_epochs=shape["epochs"],
             per_device_train_batch_size=shape["micro_batch"], response_length=shape["response"],
-            critic_warmup_updates=0, save_steps=0,
+            critic_warmup_updates=0, save_steps=0, logging_steps=10**6, share_trunk=trunk,
         )  # fmt: skip
         rows = [{"prompt": " ".join(f"w{token}" for token in row)} for row in ids]
-        trainer = PPOTrainer(policy, None, RewardModel(folder, mixed_precision=precision, batch_size=shape["batch"]),
-                             critic, args, rows, processing_class=tokenizer, callbacks=[account])  # fmt: skip
+        judge = RewardModel(folder, mixed_precision=precision, batch_size=shape["batch"])
+        trainer = PPOTrainer(policy, None, judge, None if trunk else critic, args, rows, processing_class=tokenizer,
+                             callbacks=[account])  # fmt: skip
         final = trainer.train()
-    assert trainer.tokens == updates * shape["batch"] * shape["response"]
+    assert shape is FLAT or trainer.tokens == updates * shape["batch"] * shape["response"]
     return {
-        "who": "ours",
+        "who": "ours, one trunk" if trunk else "ours",
         "mode": mode,
         "parameters": sum(p.numel() for p in policy.parameters()),
         "episodes_per_s": final["episodes_per_s"],
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "seconds": {name.removeprefix("time/"): round(value, 2) for name, value in split.items()},
+        "updates": [[round(seconds, 4), round(memory, 1)] for seconds, memory in updates_seen],
     }
+
+
+def resident_mb() -> float:
+    """Memory of this process now, where the system tells; else the most so far."""
+    status = Path("/proc/self/statm")
+    if status.exists():
+        return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def flat(mode: str, updates: int) -> dict[str, Any]:
+    """Median seconds of an update and memory, of the second tenth of a long run and of its last."""
+    seen = ours(mode, updates, FLAT)["updates"]
+    tenth = max(1, len(seen) // 10)
+    early, late = seen[tenth : 2 * tenth], seen[-tenth:]
+    line: dict[str, Any] = {"benchmark": "ppo-flat", "mode": mode, "updates": len(seen)}
+    for name, part in (("early", early), ("late", late)):
+        line[f"{name}_seconds"] = statistics.median(seconds for seconds, _ in part)
+        line[f"{name}_memory_mb"] = statistics.median(memory for _, memory in part)
+    line["ratio"] = round(line["late_seconds"] / line["early_seconds"], 3)
+    line["memory_ratio"] = round(line["late_memory_mb"] / line["early_memory_mb"], 3)
+    return line
 
 
 def compare(runs: list[dict[tuple[str, str], dict[str, Any]]]) -> dict[str, Any]:
@@ -115,16 +150,17 @@ def compare(runs: list[dict[tuple[str, str], dict[str, Any]]]) -> dict[str, Any]
     speeds = {
         key: statistics.median(run[key]["episodes_per_s"] for run in runs) for key in runs[0]
     }  # (who, mode) → episodes/s
-    best = {who: max(MODES, key=lambda mode: speeds[who, mode]) for who in ("ours", "trl")}
+    best = {who: max(MODES, key=lambda mode: speeds[who, mode]) for who in dict.fromkeys(who for who, _ in speeds)}
 
-    def ratio(mine: str, theirs: str) -> float:
-        quotients = (r["ours", mine]["episodes_per_s"] / r["trl", theirs]["episodes_per_s"] for r in runs)
+    def ratio(mine: str, theirs: str, who: str = "ours") -> float:
+        quotients = (r[who, mine]["episodes_per_s"] / r["trl", theirs]["episodes_per_s"] for r in runs)
         return round(statistics.median(quotients), 3)
 
     return {
         "benchmark": "ppo",
         "ratio": ratio(best["ours"], best["trl"]),
         **{f"ratio_{mode}": ratio(mode, mode) for mode in MODES},
+        **({"ratio_one_trunk": ratio(best["trunk"], best["trl"], "trunk")} if "trunk" in best else {}),
         **{f"{who}_{mode}_episodes_per_s": round(speed, 2) for (who, mode), speed in speeds.items()},
     }
 
@@ -133,24 +169,30 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny shape and one round, for tests")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--updates", type=int, default=5, help="updates of a run; 64 answers each")
+    parser.add_argument("--updates", type=int, help="updates of a run; 5, of 64 answers each")
     parser.add_argument("--ours", action="store_true", help="only our side, once, in this process")
-    parser.add_argument("--mode", choices=MODES, default="bf16", help="precision for --ours")
+    parser.add_argument("--mode", choices=MODES, default="bf16", help="precision for --ours and --flat")
+    parser.add_argument("--trunk", action="store_true", help="with --ours: policy and critic on one trunk")
+    parser.add_argument("--flat", action="store_true", help="500 updates (or --updates) of ours: do they slow or grow?")
     options = parser.parse_args(arguments)
-    updates = 1 if options.quick else options.updates
+    updates = 1 if options.quick else options.updates or 5
     if options.ours:
-        print("\n" + json.dumps(ours(options.mode, updates, options.quick)))
+        print("\n" + json.dumps(ours(options.mode, updates, QUICK if options.quick else FULL, options.trunk)))
         return None
+    if options.flat:
+        line = flat(options.mode, options.updates or 500)
+        print("\n" + json.dumps(line))
+        return line
 
     runs: list[dict[tuple[str, str], dict[str, Any]]] = []
     for number in range(1 if options.quick else options.rounds):
         found = {}
         for mode in MODES:
-            order = [("ours", run_ours), ("trl", run_peer)]
+            order = [("ours", run_ours), *([] if options.quick else [("trunk", run_trunk)]), ("trl", run_peer)]
             for who, run in order if number % 2 == 0 else order[::-1]:
                 found[who, mode] = run(mode, updates, options.quick)
                 line = found[who, mode]
-                print(f"round {number + 1}  {line['who']:10s} {mode}  {line['episodes_per_s']:6.2f} episodes/s  "
+                print(f"round {number + 1}  {line['who']:15s} {mode}  {line['episodes_per_s']:6.2f} episodes/s  "
                       f"peak {line['peak_memory_mb']:,} MB", flush=True)  # fmt: skip
         runs.append(found)
 

@@ -102,7 +102,7 @@ def expected_best(order_by: list[float], values: list[float], n: int) -> float:
 
     The i-th lowest of N is the best of n with probability C(i, n − 1)/C(N, n), i counted from 0.
     """
-    ranked = [value for _, value in sorted(zip(order_by, values, strict=True))]
+    ranked = [values[i] for i in sorted(range(len(values)), key=lambda i: order_by[i])]
     return sum(math.comb(i, n - 1) * value for i, value in enumerate(ranked)) / math.comb(len(ranked), n)
 
 

@@ -5,6 +5,8 @@ FULL = {"width": 192, "layers": 6, "heads": 6, "vocabulary": 512, "prompt": 32, 
         "epochs": 4, "mini_batches": 4, "micro_batch": 16}  # fmt: skip
 # The same structure in seconds, to see that the benchmark runs; its ratio means nothing
 QUICK = FULL | {"width": 32, "layers": 1, "heads": 2, "prompt": 8, "response": 8, "batch": 8, "micro_batch": 1}
+# For 500 updates in two minutes: small, and answers end at the end token, so that no two updates have the same shapes
+FLAT = FULL | {"width": 64, "layers": 2, "heads": 2, "prompt": 16, "response": 32, "batch": 32}
 
 
 def model_config(shape: dict) -> dict:
