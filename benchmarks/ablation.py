@@ -72,6 +72,7 @@ CHANGES = {
     "rows-8": {"rows": 8},
     "rows-32": {"rows": 32},
     "rows-64": {"rows": 64},
+    "wsd-adamw-3e-3": {"schedule": "wsd", "optimizer": "adamw"},
 }
 LARGE_CHANGES = {
     "10M-base": {},

@@ -59,3 +59,10 @@ def test_the_script_learns_and_logs_what_the_page_names(tmp_path) -> None:
     with torch.no_grad():
         likeliest = policy(torch.tensor([[3, 7, 9]])).logits[0, -1].argmax()  # the film was …
     assert likeliest == 5  # good
+
+
+def test_every_test_that_the_page_names_exists() -> None:
+    named = set(re.findall(r"`(test_\w+)`", PAGE))
+    code = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("test_*.py"))
+    written = set(re.findall(r"def (test_\w+)", code))
+    assert len(named) >= 14 and not named - written - {"test_ppo_trl"}, named - written

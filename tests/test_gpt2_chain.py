@@ -57,6 +57,7 @@ def test_sft_reward_and_ppo_on_it(tmp_path: Path) -> None:
         "sft": [{"prompt": f"Say {i}:", "completion": f" {WORDS[i % 4]}"} for i in range(40)],
         "pairs": [{"prompt": f"Say {i}:", "chosen": f" {WORDS[i % 2]}", "rejected": f" {WORDS[2 + i % 2]}"}
                   for i in range(60)],
+        "text": [{"text": f"{WORDS[i % 4]} {i}"} for i in range(40)],
         "prompts": [{"prompt": f"Say {i}:"} for i in range(40)],
     }  # fmt: skip
     for name, rows in files.items():
@@ -72,7 +73,9 @@ def test_sft_reward_and_ppo_on_it(tmp_path: Path) -> None:
     stage("reward", "--dataset", str(tmp_path / "pairs.jsonl"), *small)
     stage("ppo", "--dataset", str(tmp_path / "prompts.jsonl"), "--total_episodes", "24", "--batch_size", "8",
           "--num_mini_batches", "2", "--per_device_train_batch_size", "4", "--response_length", "8",
-          "--critic_warmup_updates", "1", "--eval_size", "4")  # fmt: skip
+          "--critic_warmup_updates", "1", "--eval_size", "4", "--ptx_coef", "0.5", "--ptx_max_length", "16",
+          "--ptx_dataset", str(tmp_path / "text.jsonl"))  # fmt: skip
     last = json.loads((run / "ppo" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["val/ratio_first"] == 1.0 and last["objective/kl_k3"] >= 0
+    assert 0 < last["loss/ptx_avg"] < 8
     assert load_tokenizer(str(run / "ppo")).pad_token == "<|pad|>"
