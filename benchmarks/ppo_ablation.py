@@ -41,6 +41,7 @@ CHANGES: dict[str, list[str]] = {
     "shared trunk, weight 0.5": ["--share_trunk", "True", "--vf_coef", "0.5"],
     "clip-higher 0.28": ["--cliprange_high", "0.28"],
     "entropy bonus 0.01": ["--entropy_coef", "0.01"],
+    "fp32": ["--mixed_precision", "no"],
     "whitened rewards": ["--whiten_rewards", "True"],
     "4 answers a prompt": ["--num_generations", "4"],
 }
