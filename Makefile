@@ -109,8 +109,8 @@ test: | $(READY) ## all tests
 lint: | $(READY) ## ruff, rules and format of the imports
 	@ruff check .
 
-bench: | $(READY) ## all benchmarks against their peers, and one table (half an hour; leave the machine alone)
-	@python -m benchmarks $(ARGS)
+bench: | $(READY) ## all benchmarks against their peers, and one table (half an hour; leave the machine alone; TEXT=file adds nanoGPT)
+	@python -m benchmarks $(if $(TEXT),--text '$(TEXT)') $(ARGS)
 bench-train: | $(READY) ## pretraining speed against transformers' Qwen3 and GPT-2
 	@python -m benchmarks.train $(ARGS)
 bench-sample: | $(READY) ## sampling speed against transformers' generate

@@ -1,8 +1,9 @@
-"""All benchmarks against their peers, one after the other, and one table: `python -m benchmarks [their options]`.
+"""All benchmarks against their peers, one after the other, and one table: `python -m benchmarks [--text FILE]`.
 
 Each runs in a process of its own, prints as it goes and ends in one JSON line; nothing else should run meanwhile.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -14,7 +15,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-BENCHMARKS = {"train": "GPT-2 and Qwen3 of transformers", "sample": "generate of transformers", "ppo": "TRL 1.12"}
+PEERS = {"train": "GPT-2 and Qwen3 of transformers", "sample": "generate of transformers", "ppo": "TRL 1.12",
+         "nanogpt": "nanoGPT's CPU recipe, time"}  # fmt: skip
+SHAPES = {"ppo": "64 answers of 64 tokens", "nanogpt": "0.8M parameters, to 1.75 nats or less"}
 
 
 def run(name: str, options: list[str]) -> dict:
@@ -42,19 +45,39 @@ def machine() -> str:
     return f"{name or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
-def main(options: list[str]) -> dict:
-    lines = {name: run(name, options) for name in BENCHMARKS}
+def show(lines: dict[str, dict]) -> None:
+    """The table of ratios."""
     table = Table(title=f"{machine()}; torch {torch.__version__}")
     for heading in ("benchmark", "shape", "peer", "ours / peer, best mode of each", "and in fp32"):
         table.add_column(heading)
     for name, line in lines.items():
-        for shape, figures in line.get("shapes", {"64 answers of 64 tokens": line}).items():
-            table.add_row(name, shape, BENCHMARKS[name], f"{figures['ratio']:.2f}", f"{figures['ratio_fp32']:.2f}")
+        for shape, figures in line.get("shapes", {SHAPES.get(name, ""): line}).items():
+            fp32 = f"{figures['ratio_fp32']:.2f}" if "ratio_fp32" in figures else ""
+            table.add_row(name, shape, PEERS[name], f"{figures['ratio']:.2f}", fp32)
+            if trunk := figures.get("ratio_one_trunk"):
+                table.add_row(name, "ours with one trunk", PEERS[name], f"{trunk:.2f}", "")
     Console(width=120).print(table)
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", help="a text file, to run nanogpt as well (its ratio is of time)")
+    parser.add_argument("--rounds", type=int, help="of train, sample and ppo instead of their own number")
+    parser.add_argument("--no-compile", action="store_true", help="nothing is compiled: minutes less")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, for tests; no figure to read")
+    options = parser.parse_args(arguments)
+    common = ["--quick"] if options.quick else []
+    rounds = ["--rounds", str(options.rounds)] if options.rounds else []
+    eager = ["--no-compile"] if options.no_compile else []
+    words = {"train": [*common, *rounds, *eager], "sample": [*common, *rounds, *eager], "ppo": [*common, *rounds]}
+    if options.text:
+        words["nanogpt"] = [*common, "--text", options.text]
+    lines = {name: run(name, given) for name, given in words.items()}
+    show(lines)
     result = {"benchmark": "all", "ratio": lines["train"]["ratio"], "machine": machine(), "results": lines}
     print(json.dumps(result))
     return result
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

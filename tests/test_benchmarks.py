@@ -4,6 +4,7 @@ import json
 
 import torch
 
+from benchmarks import __main__ as benchmarks
 from benchmarks import course
 from benchmarks.common import compare
 
@@ -55,3 +56,11 @@ def test_course_runs_and_ends_in_a_json_line(capsys):
     figures = line["bits_per_byte"]
     assert list(figures) == ["uniform", "bigram, counted", *course.MODELS]
     assert figures["GPT: four blocks"][0] < figures["embedding and head"][0] < figures["uniform"][0]
+
+
+def test_one_table_of_all(capsys):
+    figures = {"ratio": 1.234, "ratio_fp32": 1.1}
+    benchmarks.show({"train": {"shapes": {"wide": figures, "narrow": figures}}, "sample": {"shapes": {"one": figures}},
+                     "ppo": figures | {"ratio_one_trunk": 3.21}, "nanogpt": {"ratio": 1.18}})  # fmt: skip
+    shown = capsys.readouterr().out
+    assert all(part in shown for part in ("wide", "narrow", "1.23", "1.10", "one trunk", "3.21", "1.18"))
