@@ -60,8 +60,9 @@ class PPOConfig:
     """Discount of later rewards."""
     lam: float = 0.95
     """λ of the policy's advantages (GAE, arXiv 1506.02438)."""
-    lam_value: float = 1.0
-    """λ of the critic's targets; 1 is the plain return, free of the critic's own bias (decoupled GAE, 2504.05118)."""
+    lam_value: float = 0.95
+    """λ of the critic's targets; 1 is the plain return, free of the critic's own bias (decoupled GAE, 2504.05118), which
+    made no difference in our ablation (LOG.md)."""
     cliprange: float = 0.2
     """ε: a probability ratio outside 1 ± ε earns nothing more (arXiv 1707.06347)."""
     cliprange_high: float | None = None
@@ -87,9 +88,9 @@ class PPOConfig:
     half the work and memory of an update, but its errors move the policy's weights too."""
     vf_coef: float = 0.1
     """Weight of the critic's loss in the common one; only with share_trunk."""
-    critic_warmup_updates: int = 2
+    critic_warmup_updates: int = 0
     """Updates at the start in which only the critic learns (value pretraining, arXiv 2504.05118); with share_trunk its
-    head alone."""
+    head alone. A critic from a reward model did without (LOG.md)."""
 
     learning_rate: float = 3e-6
     """Peak learning rate of the policy (AdamW). Models of a few million parameters take 1e-4 and more."""

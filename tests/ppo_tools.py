@@ -81,6 +81,7 @@ def settings(tmp_path, **changes):
         "learning_rate": 1e-3,
         "critic_learning_rate": 1e-3,
         "critic_warmup_updates": 0,
+        "lam_value": 1.0,
         "save_steps": 0,
     }
     return PPOConfig(**values | changes)
