@@ -61,8 +61,8 @@ class PPOConfig:
     lam: float = 0.95
     """λ of the policy's advantages (GAE, arXiv 1506.02438)."""
     lam_value: float = 0.95
-    """λ of the critic's targets; 1 is the plain return, free of the critic's own bias (decoupled GAE, 2504.05118), which
-    made no difference in our ablation (LOG.md)."""
+    """λ of the critic's targets; 1 is the plain return, free of the critic's own bias (decoupled GAE, 2504.05118): no
+    difference in our ablation (LOG.md)."""
     cliprange: float = 0.2
     """ε: a probability ratio outside 1 ± ε earns nothing more (arXiv 1707.06347)."""
     cliprange_high: float | None = None
