@@ -94,8 +94,8 @@ class PPOConfig:
 
     learning_rate: float = 3e-6
     """Peak learning rate of the policy (AdamW). Models of a few million parameters take 1e-4 and more."""
-    critic_learning_rate: float = 1e-5
-    """Peak learning rate of the critic (AdamW); with share_trunk of its head."""
+    critic_learning_rate: float | None = None
+    """Peak learning rate of the critic (AdamW), with share_trunk of its head; none: the policy's."""
     lr_scheduler_type: Literal["linear", "constant"] = "linear"
     """linear: both learning rates fall to 0 over the run; constant: they stay."""
     warmup_steps: int = 0

@@ -39,7 +39,7 @@ def test_a_whole_update_gives_what_trl_logged(tmp_path):
     settings = {name: value for name, value in SETTINGS.items() if name != "num_mini_batches"}
     args = PPOConfig(
         output_dir=str(tmp_path), mixed_precision="no", total_episodes=ROWS, batch_size=ROWS, num_mini_batches=1,
-        per_device_train_batch_size=ROWS, critic_learning_rate=SETTINGS["learning_rate"], critic_warmup_updates=0,
+        per_device_train_batch_size=ROWS, critic_warmup_updates=0,
         lam_value=SETTINGS["lam"], max_grad_norm=1e9, lr_scheduler_type="constant", save_steps=0, **settings,
     )  # fmt: skip
     rows = [{"prompt": "t3"}] * ROWS

@@ -62,7 +62,7 @@ def check_config(args: PPOConfig, world: int, tokenizer: Any) -> None:
     for name in counts:
         if getattr(args, name) < 1:
             raise UserError(f"{name}: {getattr(args, name)} is too small; give a positive whole number")
-    positive = ("temperature", "learning_rate", "critic_learning_rate", "cliprange", "max_grad_norm")
+    positive = ("temperature", "learning_rate", "cliprange", "max_grad_norm")
     for name in positive:
         if not getattr(args, name) > 0:
             raise UserError(f"{name}: {getattr(args, name)} must be above 0")
@@ -75,8 +75,9 @@ def check_config(args: PPOConfig, world: int, tokenizer: Any) -> None:
             f"batch_size {args.batch_size} must be a multiple of num_generations × processes = "
             f"{args.num_generations} × {world}; change one of them"
         )
-    for name, low in (("dual_clip", 1), ("adaptive_kl_target", 0), ("target_kl", 0), ("cliprange_high", 0),
-                      ("cliprange_value", 0), ("score_clip", 0), ("sampler_weight_cap", 0)):  # fmt: skip
+    for name, low in (("critic_learning_rate", 0), ("dual_clip", 1), ("adaptive_kl_target", 0), ("target_kl", 0),
+                      ("cliprange_high", 0), ("cliprange_value", 0), ("score_clip", 0),
+                      ("sampler_weight_cap", 0)):  # fmt: skip
         if getattr(args, name) is not None and not getattr(args, name) > low:
             raise UserError(f"{name}: {getattr(args, name)} must be above {low}, or none")
     if args.ema_decay is not None and not 0 < args.ema_decay < 1:

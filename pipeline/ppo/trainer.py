@@ -128,7 +128,8 @@ class PPOTrainer(Learner):
             self.reference_forward = ReferenceLogprobs(self.policy, args.temperature)
         else:
             self.reference_forward = TokenLogprobs(copy.deepcopy(policy).requires_grad_(False), args.temperature)
-        actor, judge = (self.policy, args.learning_rate), (self.critic, args.critic_learning_rate)
+        actor = self.policy, args.learning_rate
+        judge = self.critic, args.learning_rate if args.critic_learning_rate is None else args.critic_learning_rate
         # Without gradients the modules `_forward` run as they are; training goes through DistributedDataParallel.
         if args.share_trunk:
             common = TokenLogprobsAndValues(self.policy, self.critic, args.temperature, args.gradient_checkpointing)
