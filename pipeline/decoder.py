@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline.gpt import GPTForCausalLM
 
 BLOCK = 32  # slots that the cache on CPU grows by: fewer are copied too often, more are read while empty
+ROWS = 64  # that packed weights are laid out for; any other number multiplies, too
 KEPT = 4  # decoders that stay with a model on CUDA: each shape of (rows, slots) that comes again and again needs one
 
 Weights = dict[str, Tensor]
@@ -47,6 +48,7 @@ class Decoder:
         # batched product over memory with gaps takes up to twice the time.
         empty = torch.zeros(rows * self.groups, 0, self.size, dtype=self.cache_dtype, device=device)
         self.keys, self.values = [empty] * len(self.layers), [empty] * len(self.layers)
+        self.spare, self.most = empty.flatten(), -(-slots // BLOCK) * BLOCK
         self.bias = torch.zeros(rows, 1, 0, device=device)  # (B, 1, S), added to the scores
         self.graph: torch.cuda.CUDAGraph | None = None
         self.fixed = captures(device)
@@ -65,7 +67,7 @@ class Decoder:
     def prefill(self, prompts: Tensor, starts: Tensor) -> Tensor:
         """Left-padded prompts (B, P) long, each row's first real slot (B,) → fp32 logits after the prompts (B, V)."""
         rows, count = prompts.shape
-        self._make_room(count)
+        self._make_room(count + 1)
         self.filled = count
         self.slot.fill_(count)
         self.starts.copy_(starts)
@@ -133,9 +135,13 @@ class Decoder:
         with torch.autocast(self.device.type, enabled=False):
             x = F.embedding(tokens, self.ends["embedding"]).float()  # (B, D): the residual stream stays in fp32
             for weights, keys, values in zip(self.layers, self.keys, self.values, strict=True):
-                q, k, v = (part.reshape(by_group).to(keys.dtype) for part in self._project(weights, x, turns))
-                keys.index_copy_(1, self.slot, k)
-                values.index_copy_(1, self.slot, v)
+                q, k, v = self._project(weights, x, turns)
+                for cache, part in ((keys, k), (values, v)):
+                    if self.fixed:
+                        cache.index_copy_(1, self.slot, part.reshape(by_group).to(cache.dtype))
+                    else:  # the same without copies in between
+                        cache.view(rows, self.groups, slots, -1)[:, :, self.filled - 1] = part
+                q = q.reshape(by_group).to(keys.dtype)
                 # The H/G queries that share a key head are the rows of one small matrix product
                 scores = torch.bmm(q, keys.transpose(1, 2)).view(rows, self.heads, slots)
                 weighting = (scores + self.bias).softmax(-1).to(keys.dtype).view(rows * self.groups, -1, slots)
@@ -146,7 +152,7 @@ class Decoder:
     def _project(self, weights: Weights, x: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (…, D), turns (…, 1, K/2) → queries (…, H, K), divided by √K, keys and values (…, G, K)."""
         h = F.rms_norm(x, x.shape[-1:], weights["norm_1"], self.eps).to(self.dtype)
-        qkv = F.linear(h, weights["qkv"], weights.get("qkv_bias")).unflatten(-1, (-1, self.size))  # (…, H + 2G, K)
+        qkv = linear(h, weights["qkv"], weights.get("qkv_bias")).unflatten(-1, (-1, self.size))  # (…, H + 2G, K)
         qk, v = qkv.split((self.heads + self.groups, self.groups), dim=-2)
         qk = F.rms_norm(qk.float(), (self.size,), None, self.eps) * weights["qk_norm"]
         qk = torch.view_as_real(torch.view_as_complex(qk.unflatten(-1, (-1, 2))) * turns).flatten(-2)
@@ -154,23 +160,36 @@ class Decoder:
 
     def _add(self, weights: Weights, x: Tensor, attended: Tensor) -> Tensor:
         """x (…, D) plus what the heads read, attended (…, H·K), plus the MLP of that."""
-        x = x + F.linear(attended.to(self.dtype), weights["out"], weights.get("out_bias"))
+        x = x + linear(attended.to(self.dtype), weights["out"], weights.get("out_bias"))
         h = F.rms_norm(x, x.shape[-1:], weights["norm_2"], self.eps).to(self.dtype)
-        gate, up = F.linear(h, weights["gate_up"]).chunk(2, dim=-1)
-        return x + F.linear(F.silu(gate).mul_(up), weights["down"])
+        gate, up = linear(h, weights["gate_up"]).chunk(2, dim=-1)
+        return x + linear(F.silu(gate).mul_(up), weights["down"])
 
     def _logits(self, x: Tensor) -> Tensor:
         x = F.rms_norm(x, x.shape[-1:], self.ends["norm"], self.eps)
-        return F.linear(x.to(self.dtype), self.ends["head"]).float()
+        return linear(x.to(self.dtype), self.ends["head"]).float()
 
     def _make_room(self, needed: int) -> None:
         """At least `needed` slots; new ones are zero (0 · NaN would be NaN) and hidden."""
         have = self.bias.shape[-1]
         if needed > have:
-            more = -(-needed // BLOCK) * BLOCK - have
-            self.keys = [F.pad(cache, (0, 0, 0, more)) for cache in self.keys]
-            self.values = [F.pad(cache, (0, 0, 0, more)) for cache in self.values]
-            self.bias = F.pad(self.bias, (0, more), value=float("-inf"))
+            slots = -(-needed // BLOCK) * BLOCK
+            self.keys = [self._moved(cache, slots) for cache in self.keys]
+            self.values = [self._moved(cache, slots) for cache in self.values]
+            self.bias = F.pad(self.bias, (0, slots - have), value=float("-inf"))
+
+    def _moved(self, cache: Tensor, slots: int) -> Tensor:
+        """`cache` (B·G, S, K) with more slots, in the memory that the one before it left: fresh memory, a page at a
+        time, costs more than the copy."""
+        rows, have, size = cache.shape
+        memory = self.spare
+        if len(memory) < rows * slots * size:
+            memory = torch.empty(rows * max(slots, self.most) * size, dtype=cache.dtype, device=cache.device)
+        moved = memory[: rows * slots * size].view(rows, slots, size)
+        moved[:, :have] = cache
+        moved[:, have:] = 0
+        self.spare = cache.as_strided((cache.untyped_storage().nbytes() // cache.element_size(),), (1,), 0)
+        return moved
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -189,9 +208,30 @@ def fuse(model: GPTForCausalLM, dtype: torch.dtype) -> tuple[list[Weights], Weig
     ends = {
         "embedding": model.model.embed_tokens.weight.detach().clone(),
         "norm": model.model.norm.weight.detach().to(torch.float32, copy=True),
-        "head": model.lm_head.weight.detach().to(dtype, copy=True),
+        "head": prepacked(model.lm_head.weight.detach().to(dtype, copy=True)),
     }
     return [fuse_block(block, model.config.head_dim, dtype) for block in model.model.layers], ends
+
+
+def prepacked(weight: Tensor) -> Tensor:
+    """A weight (out, in) in the layout in which oneDNN multiplies on CPU; where it cannot, and a bias, as it is.
+
+    A step multiplies few rows by weights that come from memory: MKL and oneDNN's plain product would lay each of them
+    out anew every time, a quarter of the product's own time. torch.compile uses the same two operations.
+    """
+    fits = weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    if weight.device.type != "cpu" or weight.dim() == 1 or not torch.backends.mkldnn.is_available() or not fits:
+        return weight
+    return torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (…, in), a weight as `prepacked` returns it → (…, out)."""
+    if weight.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 def fuse_block(block: torch.nn.Module, size: int, dtype: torch.dtype) -> Weights:
@@ -213,7 +253,7 @@ def fuse_block(block: torch.nn.Module, size: int, dtype: torch.dtype) -> Weights
         q, k, v = (linear.bias.detach().unflatten(0, (-1, size)) for linear in linears)
         fused["qkv_bias"] = torch.cat((q[:, pairs], k[:, pairs], v)).flatten()
         fused["out_bias"] = attention.o_proj.bias
-    fused = {name: weight.detach().to(dtype, copy=True) for name, weight in fused.items()}
+    fused = {name: prepacked(weight.detach().to(dtype, copy=True)) for name, weight in fused.items()}
     # 1/√K goes into the queries' norm weight
     q_norm, k_norm = attention.q_norm.weight[pairs] * size**-0.5, attention.k_norm.weight[pairs]
     norms = {

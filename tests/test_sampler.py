@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from pipeline import decoder as decoding
-from pipeline.decoder import BLOCK, KEPT, Decoder
+from pipeline.decoder import BLOCK, KEPT, Decoder, prepacked
 from pipeline.gpt import GPTForCausalLM
 from pipeline.runtime import UserError
 from pipeline.sampler import Sampling, generate, stream
@@ -326,6 +326,17 @@ def test_logits_of_every_step_equal_the_training_forward(model):
                 rows, at = rows[leave], at[leave]
             logits = decoder.step(texts[rows, at])
     assert decoder.filled == total and total > BLOCK
+
+
+def test_the_same_samples_where_weights_cannot_be_prepacked(model, monkeypatch):
+    settings = {"max_new_tokens": 12, "eos_token_id": END, "pad_token_id": PAD}
+    assert prepacked(torch.zeros(4, 4)).is_mkldnn
+    assert not prepacked(torch.zeros(4, 4, dtype=torch.float64)).is_mkldnn
+    assert not prepacked(torch.zeros(4)).is_mkldnn
+    expected = responses(generate(model, prompts(), generator=seeded(), **settings))
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not prepacked(torch.zeros(4, 4)).is_mkldnn
+    assert responses(generate(model, prompts(), generator=seeded(), **settings)) == expected
 
 
 def test_stream_yields_what_generate_returns(model):
