@@ -219,10 +219,10 @@ def prepacked(weight: Tensor) -> Tensor:
     A step multiplies few rows by weights that come from memory: MKL and oneDNN's plain product would lay each of them
     out anew every time, a quarter of the product's own time. torch.compile uses the same two operations.
     """
-    fits = weight.dtype == torch.float32 or (
-        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-    if weight.device.type != "cpu" or weight.dim() == 1 or not torch.backends.mkldnn.is_available() or not fits:
+    if weight.device.type != "cpu" or weight.dim() == 1 or not torch.backends.mkldnn.is_available():
+        return weight
+    in_bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if weight.dtype != torch.float32 and not in_bf16:
         return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
 
