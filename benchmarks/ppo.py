@@ -138,15 +138,16 @@ def flat(mode: str, updates: int) -> dict[str, Any]:
     """
     seen = ours(mode, updates, FLAT)["updates"]
     size = max(1, len(seen) // 10)
-    tenths = [seen[i : i + size] for i in range(0, size * 10, size) if i < len(seen)]
-    seconds = [statistics.median(second for second, _ in part) for part in tenths]
+    tenths = [seen[i : i + size] for i in range(0, len(seen), size)][:10]
+    seconds = [statistics.median(update for update, _ in part) for part in tenths]
     memory = [statistics.median(megabytes for _, megabytes in part) for part in tenths]
-    for number, (second, megabytes) in enumerate(zip(seconds, memory, strict=True), 1):
-        print(f"tenth {number:2d}  {second:.3f} s an update  {megabytes:,.0f} MB")
+    for number, (update, megabytes) in enumerate(zip(seconds, memory, strict=True), 1):
+        print(f"tenth {number:2d}  {update:.3f} s an update  {megabytes:,.0f} MB")
+    second = min(1, len(tenths) - 1)  # the first tenth has what is done once
     return {
         "benchmark": "ppo-flat", "mode": mode, "updates": len(seen),
-        "ratio": round(seconds[-1] / seconds[min(1, len(seconds) - 1)], 3),
-        "memory_ratio": round(memory[-1] / memory[min(1, len(memory) - 1)], 3),
+        "ratio": round(seconds[-1] / seconds[second], 3),
+        "memory_ratio": round(memory[-1] / memory[second], 3),
         "seconds": seconds, "memory_mb": memory,
     }  # fmt: skip
 

@@ -252,7 +252,7 @@ def _first_failing_row(
     for i in range(len(prompts)):
         try:
             function([prompts[i]], [completions[i]], **{name: [column[i]] for name, column in columns.items()})
-        except Exception:
+        except Exception:  # any at all: the function is the user's; the caller reports what it raised
             return i
     return None
 

@@ -5,7 +5,7 @@ import json
 import torch
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import course
+from benchmarks import course, ppo
 from benchmarks.common import compare
 
 
@@ -64,3 +64,11 @@ def test_one_table_of_all(capsys):
                      "ppo": figures | {"ratio_one_trunk": 3.21}, "nanogpt": {"ratio": 1.18}})  # fmt: skip
     shown = capsys.readouterr().out
     assert all(part in shown for part in ("wide", "narrow", "1.23", "1.10", "one trunk", "3.21", "1.18"))
+
+
+def test_flat_reports_every_tenth(capsys):
+    line = ppo.main(["--flat", "--updates", "3"])
+    assert line["updates"] == len(line["seconds"]) == len(line["memory_mb"]) == 3
+    assert line["ratio"] == round(line["seconds"][2] / line["seconds"][1], 3)
+    assert line["memory_ratio"] == round(line["memory_mb"][2] / line["memory_mb"][1], 3)
+    assert "tenth  3" in capsys.readouterr().out

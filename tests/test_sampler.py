@@ -328,6 +328,7 @@ def test_logits_of_every_step_equal_the_training_forward(model):
     assert decoder.filled == total and total > BLOCK
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
 def test_the_same_samples_where_weights_cannot_be_prepacked(model, monkeypatch):
     settings = {"max_new_tokens": 12, "eos_token_id": END, "pad_token_id": PAD}
     assert prepacked(torch.zeros(4, 4)).is_mkldnn
@@ -337,6 +338,19 @@ def test_the_same_samples_where_weights_cannot_be_prepacked(model, monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not prepacked(torch.zeros(4, 4)).is_mkldnn
     assert responses(generate(model, prompts(), generator=seeded(), **settings)) == expected
+
+
+def test_a_cache_that_grows_leaves_nothing_of_what_its_memory_held(model):
+    """Memory comes as it is left; 0 · NaN would be NaN."""
+    texts = torch.randint(2, VOCABULARY, (2, BLOCK + 4), generator=seeded(4))
+    with torch.inference_mode():
+        decoder = Decoder(model, rows=2, slots=BLOCK + 4)
+        decoder.spare = torch.full((10**6,), float("nan"))
+        decoder.prefill(texts[:, :3], torch.zeros(2, dtype=torch.long))
+        for step in range(3, BLOCK + 4):
+            decoder.spare.fill_(float("nan"))
+            logits = decoder.step(texts[:, step])
+        torch.testing.assert_close(logits, model(texts).logits[:, -1], rtol=0, atol=2e-5)
 
 
 def test_stream_yields_what_generate_returns(model):
