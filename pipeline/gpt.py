@@ -160,10 +160,14 @@ class Block(GradientCheckpointingLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], bias: Tensor | None, past_key_values=None) -> Tensor:
+    def forward(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], bias: Tensor | None, past_key_values=None, keep=None
+    ) -> Tensor:
+        """x (B, T, D) → (B, T, D); with `keep` (B, T) bool → (1, N, D), those places alone: the MLP needs no others."""
         if bias is None and past_key_values is None and kernels.can_run(self, x):
-            return kernels.run(self, x, angles)  # the same, faster on CPU
+            return kernels.run(self, x, angles, keep)  # the same, faster on CPU
         x = x + self.self_attn(self.input_layernorm(x), angles, bias, past_key_values)
+        x = x if keep is None else x[keep][None]
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -218,12 +222,13 @@ class GPTModel(GPTPreTrainedModel):
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-        past_key_values=None, inputs_embeds: Tensor | None = None, **_,
+        past_key_values=None, inputs_embeds: Tensor | None = None, keep: Tensor | None = None, **_,
     ) -> outputs.BaseModelOutputWithPast:  # fmt: skip
         """input_ids (B, T) long → .last_hidden_state (B, T, D).
 
         attention_mask (B, T) is 1 for real tokens (None: all); position_ids (1 or B, T) default to 0, 1, 2, … in
-        every row. `past_key_values` is a transformers Cache, for its `generate`.
+        every row. `past_key_values` is a transformers Cache, for its `generate`. Of `keep` (B, T) bool only those
+        places are wanted: .last_hidden_state is then (N, D), row by row, and the last MLP runs on them alone.
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -231,9 +236,12 @@ class GPTModel(GPTPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
         angles = rotary_angles(position_ids, self.config)
-        for block in self.layers:
+        *earlier, last = self.layers
+        for block in earlier:
             x = block(x, angles, bias, past_key_values=past_key_values)
-        return outputs.BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+        x = last(x, angles, bias, past_key_values=past_key_values, keep=keep)
+        states = self.norm(x) if keep is None else self.norm(x)[0]
+        return outputs.BaseModelOutputWithPast(last_hidden_state=states, past_key_values=past_key_values)
 
 
 class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
@@ -309,13 +317,13 @@ class GPTForSequenceClassification(GPTPreTrainedModel):
         labels: Tensor | None = None, **_,
     ) -> outputs.SequenceClassifierOutputWithPast:  # fmt: skip
         """Logits (B, num_labels) at the rightmost token that is not config.pad_token_id, as stock Qwen3 pools."""
-        pad, rows = self.config.pad_token_id, torch.arange(len(input_ids), device=input_ids.device)
-        if pad is None and len(rows) > 1:
+        pad = self.config.pad_token_id
+        if pad is None and len(input_ids) > 1:
             raise ValueError("config.pad_token_id is not set: the last token of each row cannot be told from padding")
-        hidden = self.model(input_ids, attention_mask, position_ids).last_hidden_state
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         last = (positions * (input_ids != pad)).argmax(-1) if pad is not None else positions[-1:]
-        logits = self.score(hidden[rows, last])
+        keep = positions == last[:, None]  # (B, T): one place a row
+        logits = self.score(self.model(input_ids, attention_mask, position_ids, keep=keep).last_hidden_state)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)

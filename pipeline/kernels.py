@@ -9,6 +9,8 @@ residual stream and the norms are fp32; matrix products run in `dtype`, bf16 or 
 Shapes: x (B, T, D) fp32 is the residual stream, h = norm(x) in `dtype`; H query heads, G key/value heads of size K.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -19,7 +21,17 @@ from torch.autograd.function import once_differentiable
 QUERIES = 64  # of one block in attention: smaller ones waste fewer masked scores, larger ones make fewer calls
 LONGEST = 512  # tokens of a row: beyond, the probabilities that attention keeps take too much memory
 
-without_autocast = torch.autocast("cpu", enabled=False)  # a decorator: products run in the precision of their inputs
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: products run in the precision of their inputs. Not torch.autocast as a decorator, which keeps what it
+    will restore in one object for all threads: of two networks that learn at once each would restore the other's."""
+
+    @wraps(function)
+    def inside(*args: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return function(*args)
+
+    return inside
 
 
 # ---- RMSNorm --------------------------------------------------------------------------------------------------------
@@ -258,8 +270,9 @@ def can_run(block: nn.Module, x: Tensor) -> bool:
     )  # fmt: skip
 
 
-def run(block: nn.Module, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """One block of the GPT without padding on the left: x (B, T, D) → (B, T, D), both fp32; `angles` as in gpt.py."""
+def run(block: nn.Module, x: Tensor, angles: tuple[Tensor, Tensor], keep: Tensor | None = None) -> Tensor:
+    """One block of the GPT without padding on the left: x (B, T, D) → (B, T, D), both fp32, or with `keep` (1, N, D);
+    `angles` and `keep` as in gpt.py."""
     attention, mlp = block.self_attn, block.mlp
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
@@ -268,5 +281,6 @@ def run(block: nn.Module, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         x, norm, *(part.weight for part in projections), attention.q_norm.weight, attention.k_norm.weight,
         torch.complex(*angles), eps, dtype,
     )  # fmt: skip
+    x = x if keep is None else x[keep][None]
     norm = block.post_attention_layernorm.weight
     return MLPHalf.apply(x, norm, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight, eps, dtype)

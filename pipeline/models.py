@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import UserError
-from pipeline.gpt import GPTForCausalLM, GPTForSequenceClassification
+from pipeline.gpt import GPTForCausalLM, GPTForSequenceClassification, GPTModel
 from pipeline.sources import is_local
 from pipeline.tokenizer import check_fits
 
@@ -49,6 +49,18 @@ def load_critic(path: str, device: torch.device | str | None = None) -> PreTrain
         if hasattr(critic.config, name):
             delattr(critic.config, name)
     return critic
+
+
+def states_at(model: nn.Module, ids: Tensor, places: Tensor) -> Tensor:
+    """Last hidden states (N, D) at `places` (b, t) bool of right-padded rows `ids` (b, t) long, row by row.
+
+    No mask is needed: padding comes after every real token, so under causal attention none can see it. Our own GPT
+    leaves out the work that only other places would need.
+    """
+    trunk = without_wrapper(model).base_model
+    if isinstance(trunk, GPTModel):
+        return trunk(ids, keep=places).last_hidden_state
+    return trunk(input_ids=ids, use_cache=False).last_hidden_state[places]
 
 
 def fit_embeddings(model: PreTrainedModel, tokenizer: Any, path: str) -> None:

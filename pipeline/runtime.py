@@ -35,6 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pipeline.arguments import ArgumentsT, StageArguments, parse
 from pipeline.checkpoint import latest_checkpoint, sha256_of, step_of, write_json
+from pipeline.cpu import keep_freed_memory
 from pipeline.errors import UserError
 from pipeline.sources import GENERATORS, find_sources, is_local
 
@@ -129,6 +130,8 @@ class Stage:
         self.inputs = {key: _fingerprint(name, key, path, args) for key, path in named.items()}
         _check_writable(self.output_dir)
         self.resume_from = self._resume_point()
+        if not torch.cuda.is_available():
+            keep_freed_memory()
         self.seed()
 
     # --- where the stage runs -------------------------------------------------------------------------------------

@@ -108,10 +108,11 @@ def same(one, two):
 
 
 def gradients_of(trainer, update=0, rollout=None):
-    """Policy's and critic's gradients at every optimizer step of an update that takes no step."""
-    found = []
+    """Critic's and policy's gradients in turn, at every optimizer step of an update that takes no step."""
+    of_critic, of_policy = [], []
 
     def record(model, optimizer):
+        found = of_critic if model is trainer.critic_train else of_policy
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]).clone())
         optimizer.zero_grad()
         return found[-1].norm()
@@ -121,4 +122,4 @@ def gradients_of(trainer, update=0, rollout=None):
         rollout, _ = trainer.sample(update)
         trainer.score(rollout, update)
     metrics = trainer.optimise(rollout, update)
-    return found, metrics
+    return [gradient for both in zip(of_critic, of_policy, strict=True) for gradient in both], metrics

@@ -314,6 +314,25 @@ def test_hand_written_block_equals_the_plain_one(monkeypatch, groups, padding):
         assert_close(gradients[name], parameter.grad, name)
 
 
+@pytest.mark.parametrize("padding", ["right", "left"])  # the hand-written blocks, and the plain ones
+def test_states_at_some_places_are_those_of_all(padding):
+    model, _ = pair(GPTForCausalLM, Qwen3ForCausalLM)
+    ids = torch.randint(1, VOCABULARY, (3, 20))
+    mask = torch.arange(20) < torch.tensor([20, 13, 17])[:, None]
+    mask = mask if padding == "right" else mask.flip(1)
+    keep = mask & (torch.rand(3, 20) < 0.4)
+    found = []
+    for asked in (None, keep):
+        model.zero_grad()
+        states = model.model(ids, mask.long(), keep=asked).last_hidden_state
+        states = states[keep] if asked is None else states
+        states.square().sum().backward()
+        found.append([states.detach(), *(p.grad.clone() for p in model.model.parameters())])
+    assert found[1][0].shape == (int(keep.sum()), 48)
+    for every, some in zip(*found, strict=True):
+        assert_close(some, every)
+
+
 def test_the_hand_written_block_steps_aside_for_what_it_does_not_know():
     x = torch.randn(2, 5, 48)
 

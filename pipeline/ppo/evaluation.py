@@ -102,7 +102,8 @@ def _kl_of(trainer: "PPOTrainer", rollout: Rollout) -> list[float]:
     plan = [list(everything.split(trainer.args.per_device_train_batch_size))]
     with trainer.accelerator.autocast():
         (logprobs,) = rollout.per_token(lambda *inputs: trainer.policy_forward(*inputs)[0], plan)
-        (ref_logprobs,) = rollout.per_token(lambda *inputs: trainer.reference_forward(*inputs)[0], plan)
+        with trainer.reference_forward.without_adapter():
+            (ref_logprobs,) = rollout.per_token(lambda *inputs: trainer.reference_forward(*inputs)[0], plan)
     return A.kl_k1(logprobs, ref_logprobs).double().sum(1).tolist()
 
 

@@ -1,10 +1,10 @@
 """The forward passes of PPO, as modules that DistributedDataParallel can wrap.
 
-All read right-padded rows under plain causal attention: padding comes after every real token, so none can see it and
-no attention mask is needed. All look only at the places that predict a response token, laid end to end, so nothing of
+All read right-padded rows, and look only at the places that predict a response token, laid end to end, so nothing of
 shape batch × length × vocabulary ever exists.
 """
 
+import contextlib
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pipeline.errors import UserError
-from pipeline.models import without_wrapper
+from pipeline.models import states_at, without_wrapper
 from pipeline.ppo.algorithm import logprobs_from_hidden
 
 # Steps between head and softmax that some architectures take (Gemma 2, Cohere, Granite).
@@ -73,11 +73,14 @@ class TokenLogprobs(nn.Module):
         """`ids` (b, t) long, `predicts` (b, t) bool as `response_positions` gives it → (N,) float32, row by row."""
         return self.logprobs(self.hidden(ids, predicts), ids, predicts, entropy, temperature)
 
+    def without_adapter(self) -> contextlib.AbstractContextManager:
+        """What a reference's forward passes run in: nothing to switch off here."""
+        return contextlib.nullcontext()
+
     def hidden(self, ids: Tensor, predicts: Tensor) -> Tensor:
         """The last hidden states (N, D) at the predicting places."""
         with self.recomputed:
-            states = without_wrapper(self.model).base_model(input_ids=ids, use_cache=False).last_hidden_state
-        return states[predicts]
+            return states_at(self.model, ids, predicts)
 
     def logprobs(
         self, hidden: Tensor, ids: Tensor, predicts: Tensor, entropy: bool, temperature: float | None = None
@@ -110,10 +113,9 @@ class ReferenceLogprobs(TokenLogprobs):
     def __init__(self, policy: nn.Module, temperature: float) -> None:
         super().__init__(AdapterOff(policy), temperature)
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """As TokenLogprobs."""
-        with self.model.disable_adapter():
-            return super().forward(*args, **kwargs)
+    def without_adapter(self) -> contextlib.AbstractContextManager:
+        """The policy as it was; once around all forward passes, since threads share the switch."""
+        return self.model.disable_adapter()
 
 
 class TokenValues(nn.Module):
@@ -131,10 +133,9 @@ class TokenValues(nn.Module):
 
     def forward(self, ids: Tensor, predicts: Tensor) -> Tensor:
         """`ids` (b, t) long, `predicts` (b, t) bool → (N,) float32 in the order of TokenLogprobs."""
-        model = without_wrapper(self.model)
         with self.recomputed:
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[predicts]
-        return read_values(hidden, model.score)
+            hidden = states_at(self.model, ids, predicts)
+        return read_values(hidden, without_wrapper(self.model).score)
 
 
 def read_values(hidden: Tensor, head: nn.Module) -> Tensor:

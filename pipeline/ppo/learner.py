@@ -4,12 +4,14 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from pipeline.cpu import side_by_side
 from pipeline.errors import UserError
 from pipeline.ppo import algorithm as A
 from pipeline.ppo.extras import Average, PretrainingText, copy_weights
@@ -21,6 +23,14 @@ from pipeline.ppo_config import PPOConfig
 SHUFFLING, PRETRAINING = 3, 5  # first numbers of seeds, as in trainer.py
 
 
+class Step(NamedTuple):
+    """One optimizer step: rows by micro-batch, their tokens on all processes, what draws pretraining text."""
+
+    micro_batches: list[Tensor]
+    tokens: Tensor
+    random: torch.Generator
+
+
 class Learner:
     """The half of PPOTrainer that learns; the other half builds, samples, logs and keeps."""
 
@@ -30,6 +40,7 @@ class Learner:
     world: int
     rank: int
     reduce: A.Reduce | None
+    at_once: bool  # policy and critic may learn at the same time
     total_updates: int
     policy: nn.Module
     policy_forward: TokenLogprobs
@@ -46,7 +57,7 @@ class Learner:
     def score(self, rollout: Rollout, update: int) -> dict[str, float]:
         """Fill in log-probabilities, values, advantages and returns.
 
-        The micro-batches are those of the first epoch, so the policy's log-probabilities come out of the same
+        Micro-batches and threads are those of the first epoch, so the policy's log-probabilities come out of the same
         computation as in training: to the bit, the ratio at the first step is 1 and the KL to an equal reference 0.
         """
         args, start = self.args, self._clock()
@@ -54,14 +65,18 @@ class Learner:
         clocks = [start]
         with self.accelerator.autocast():
             names = ("logprobs", "entropy", "values")[: 3 if args.share_trunk else 2]
-            tables = rollout.per_token(lambda *inputs: self.policy_forward(*inputs, entropy=True), plan, len(names))
+            with_entropy = partial(self.policy_forward, entropy=True)
+            tables = rollout.per_token(with_entropy, plan, len(names), self.at_once)
             for name, table in zip(names, tables, strict=True):
                 setattr(rollout, name, table)
             clocks.append(self._clock())
-            (rollout.ref_logprobs,) = rollout.per_token(lambda *inputs: self.reference_forward(*inputs)[0], plan)
+            with self.reference_forward.without_adapter():
+                (rollout.ref_logprobs,) = rollout.per_token(
+                    lambda *inputs: self.reference_forward(*inputs)[0], plan, at_once=self.at_once
+                )
             clocks.append(self._clock())
             if not args.share_trunk:
-                (rollout.values,) = rollout.per_token(self.critic_forward, plan)
+                (rollout.values,) = rollout.per_token(self.critic_forward, plan, at_once=self.at_once)
             clocks.append(self._clock())
 
         lengths, mask = rollout.response_lengths, rollout.mask
@@ -85,21 +100,14 @@ class Learner:
     def optimise(self, rollout: Rollout, update: int) -> dict[str, float]:
         """`num_ppo_epochs` × `num_mini_batches` optimizer steps of critic and, after its warm-up, policy."""
         start = self._clock()
-        log = MetricSums()
         self.policy_moves = update >= self.args.critic_warmup_updates
-        for epoch in range(self.args.num_ppo_epochs):
-            plan = self.plan(rollout, update, epoch)
-            counts = torch.stack([rollout.response_lengths[torch.cat(rows)].sum() for rows in plan]).float()
-            counts = self.reduce(counts) if self.reduce else counts
-            for i, (micro_batches, tokens) in enumerate(zip(plan, counts, strict=True)):
-                if not self.args.share_trunk:
-                    self.critic_step(rollout, micro_batches, tokens, log)
-                if self.policy_moves and self.ptx:
-                    self.pretraining_loss(seeded(self.args.seed, PRETRAINING, update, epoch, i, self.rank), tokens, log)
-                if self.args.share_trunk:
-                    self.common_step(rollout, micro_batches, tokens, log)
-                elif self.policy_moves:
-                    self.policy_step(rollout, micro_batches, tokens, log)
+        steps = self.steps(rollout, update)
+        learn = [self.learn_values, self.learn_policy] if self.policy_moves else [self.learn_values]
+        if self.args.share_trunk:
+            learn = [self.learn_both]
+        log = MetricSums()
+        for part in side_by_side([partial(half, rollout, steps) for half in learn], self.at_once):
+            log.join(part)
         metrics = log.means(self.reduce)
         if not all(map(math.isfinite, metrics.values())):
             raise UserError(
@@ -108,6 +116,44 @@ class Learner:
             )
         metrics["time/update"] = self._clock() - start
         return metrics
+
+    def steps(self, rollout: Rollout, update: int) -> list[Step]:
+        """All optimizer steps of an update."""
+        found = []
+        for epoch in range(self.args.num_ppo_epochs):
+            plan = self.plan(rollout, update, epoch)
+            counts = torch.stack([rollout.response_lengths[torch.cat(rows)].sum() for rows in plan]).float()
+            counts = self.reduce(counts) if self.reduce else counts
+            for i, (micro_batches, tokens) in enumerate(zip(plan, counts, strict=True)):
+                random = seeded(self.args.seed, PRETRAINING, update, epoch, i, self.rank)
+                found.append(Step(micro_batches, tokens, random))
+        return found
+
+    def learn_values(self, rollout: Rollout, steps: list[Step]) -> MetricSums:
+        """The critic's steps; they share nothing with the policy's, so both may run at the same time."""
+        log = MetricSums()
+        for step in steps:
+            self.critic_step(rollout, step.micro_batches, step.tokens, log)
+        return log
+
+    def learn_policy(self, rollout: Rollout, steps: list[Step]) -> MetricSums:
+        """The policy's steps, up to the one that goes past `target_kl`."""
+        log = MetricSums()
+        for step in steps:
+            if self.policy_moves:
+                if self.ptx:
+                    self.pretraining_loss(step.random, step.tokens, log)
+                self.policy_step(rollout, step.micro_batches, step.tokens, log)
+        return log
+
+    def learn_both(self, rollout: Rollout, steps: list[Step]) -> MetricSums:
+        """With `share_trunk`: the steps of policy and critic in one."""
+        log = MetricSums()
+        for step in steps:
+            if self.policy_moves and self.ptx:
+                self.pretraining_loss(step.random, step.tokens, log)
+            self.common_step(rollout, step.micro_batches, step.tokens, log)
+        return log
 
     def critic_step(self, rollout: Rollout, micro_batches: list[Tensor], tokens: Tensor, log: MetricSums) -> None:
         """One step on the mean value loss over all `tokens` of a mini-batch, summed up micro-batch by micro-batch."""

@@ -62,6 +62,11 @@ class MetricSums:
             self.norms.setdefault(name, []).append(value)
         self.open = {}
 
+    def join(self, other: "MetricSums") -> None:
+        """Take in the closed mini-batches of another log, of other metrics."""
+        self.shares |= other.shares
+        self.norms |= other.norms
+
     def means(self, reduce: Reduce | None) -> dict[str, float]:
         """Mean over mini-batches of the mean over tokens.
 

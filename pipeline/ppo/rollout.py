@@ -3,11 +3,13 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.cpu import side_by_side
 from pipeline.errors import UserError
 from pipeline.ppo.algorithm import length_mask, response_positions
 from pipeline.tokenizer import encode, prompt_ids
@@ -108,14 +110,22 @@ class Rollout:
         return values[rows][mask]
 
     @torch.no_grad()
-    def per_token(self, forward: Callable[..., Any], plan: Plan, outputs: int = 1) -> list[Tensor]:
-        """Run `forward(ids, predicts)` over a plan's micro-batches and lay its (N,) outputs out as (B, R)."""
+    def per_token(
+        self, forward: Callable[..., Any], plan: Plan, outputs: int = 1, at_once: bool = False
+    ) -> list[Tensor]:
+        """Run `forward(ids, predicts)` over a plan's micro-batches and lay its (N,) outputs out as (B, R); `at_once`:
+        two micro-batches at a time, on the threads that they have when policy and critic learn at the same time."""
         found = [torch.zeros(self.mask.shape, device=self.sequences.device) for _ in range(outputs)]
-        for rows in (rows for mini_batch in plan for rows in mini_batch):
-            result = forward(*self.inputs(rows))
-            mask = length_mask(self.response_lengths[rows], self.mask.shape[1])
-            for table, flat in zip(found, result if outputs > 1 else [result], strict=True):
-                table[rows] = torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat.float())
+
+        def fill(micro_batches: list[Tensor]) -> None:
+            for rows in micro_batches:
+                result = forward(*self.inputs(rows))
+                mask = length_mask(self.response_lengths[rows], self.mask.shape[1])
+                for table, flat in zip(found, result if outputs > 1 else [result], strict=True):
+                    table[rows] = torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat.float())
+
+        micro_batches = [rows for mini_batch in plan for rows in mini_batch]
+        side_by_side([partial(fill, micro_batches[i::2]) for i in range(2)], at_once)
         return found
 
 

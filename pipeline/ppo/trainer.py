@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.checkpoint import latest_checkpoint
+from pipeline.cpu import keep_freed_memory
 from pipeline.errors import UserError
 from pipeline.models import is_lora, save_whole
 from pipeline.ppo import algorithm as A
@@ -103,6 +104,8 @@ class PPOTrainer(Learner):
         self.rank, self.is_main = self.accelerator.process_index, self.accelerator.is_main_process
         self.reduce: A.Reduce | None = None if self.world == 1 else lambda t: self.accelerator.reduce(t, "sum")
         check_config(args, self.world, processing_class)
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
         self.tokenizer, self.end_tokens = processing_class, stop_ids(policy, processing_class)
         self.pad_token = processing_class.pad_token_id if processing_class.pad_token_id is not None else 0
@@ -147,6 +150,10 @@ class PPOTrainer(Learner):
             self.critic_train, self.critic_optimizer = self.accelerator.prepare(
                 self.critic_forward, build_optimizer(args, judge)
             )
+
+        # Two networks with no weight in common, and no collectives, which need one order on all processes
+        common = {id(p) for p in self.policy.parameters()} & {id(p) for p in self.critic.parameters()}
+        self.at_once = self.device.type == "cpu" and self.world == 1 and not args.share_trunk and not common
 
         self.total_updates = math.ceil(args.total_episodes / args.batch_size)
         self.updates_done, self.tokens, self.seconds = 0, 0, 0.0
