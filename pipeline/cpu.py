@@ -28,6 +28,13 @@ def keep_freed_memory() -> None:
         mallopt(M_TOP_PAD, 2**26)  # of a thread too: less, and it gives whole pieces of 64 MB back
 
 
+def hand_back_memory() -> None:
+    """Hand back what is freed after all, once in a while: threads that come next have stores of their own."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
 def side_by_side(calls: Sequence[Callable[[], ResultT]], at_once: bool) -> list[ResultT]:
     """The calls' results in order; `at_once`: each call in a thread of its own, with its share of PyTorch's threads.
 
