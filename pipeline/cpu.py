@@ -3,7 +3,7 @@
 import contextlib
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -28,9 +28,13 @@ def keep_freed_memory() -> None:
         mallopt(M_TOP_PAD, 2**26)  # of a thread too: less, and it gives whole pieces of 64 MB back
 
 
-def hand_back_memory() -> None:
-    """Hand back what is freed after all, once in a while: threads that come next have stores of their own."""
+@contextlib.contextmanager
+def handing_back_memory() -> Iterator[None]:
+    """Hand back what is free after all, before and after work of other threads: these have stores of their own."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+    yield
     if trim is not None:
         trim(0)
 

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from pipeline.cpu import hand_back_memory, side_by_side
+from pipeline.cpu import handing_back_memory, side_by_side
 from pipeline.errors import UserError
 from pipeline.ppo import algorithm as A
 from pipeline.ppo.extras import Average, PretrainingText, copy_weights
@@ -105,11 +105,10 @@ class Learner:
         learn = [self.learn_values, self.learn_policy] if self.policy_moves else [self.learn_values]
         if self.args.share_trunk:
             learn = [self.learn_both]
-        if self.at_once:
-            hand_back_memory()  # of sampling and scoring: two networks' activations come now
         log = MetricSums()
-        for part in side_by_side([partial(half, rollout, steps) for half in learn], self.at_once):
-            log.join(part)
+        with handing_back_memory() if self.at_once else contextlib.nullcontext():
+            for part in side_by_side([partial(half, rollout, steps) for half in learn], self.at_once):
+                log.join(part)
         metrics = log.means(self.reduce)
         if not all(map(math.isfinite, metrics.values())):
             raise UserError(
