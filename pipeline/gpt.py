@@ -236,11 +236,11 @@ class GPTModel(GPTPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
         angles = rotary_angles(position_ids, self.config)
-        *earlier, last = self.layers
-        for block in earlier:
-            x = block(x, angles, bias, past_key_values=past_key_values)
-        x = last(x, angles, bias, past_key_values=past_key_values, keep=keep)
-        states = self.norm(x) if keep is None else self.norm(x)[0]
+        for left, block in zip(reversed(range(len(self.layers))), self.layers, strict=True):
+            x = block(x, angles, bias, past_key_values=past_key_values, keep=None if left else keep)
+        states = self.norm(x)
+        if keep is not None:
+            states = states[0] if self.layers else states[keep]
         return outputs.BaseModelOutputWithPast(last_hidden_state=states, past_key_values=past_key_values)
 
 

@@ -314,9 +314,10 @@ def test_hand_written_block_equals_the_plain_one(monkeypatch, groups, padding):
         assert_close(gradients[name], parameter.grad, name)
 
 
+@pytest.mark.parametrize("layers", [0, 1, 3])
 @pytest.mark.parametrize("padding", ["right", "left"])  # the hand-written blocks, and the plain ones
-def test_states_at_some_places_are_those_of_all(padding):
-    model, _ = pair(GPTForCausalLM, Qwen3ForCausalLM)
+def test_states_at_some_places_are_those_of_all(padding, layers):
+    model, _ = pair(GPTForCausalLM, Qwen3ForCausalLM, num_hidden_layers=layers)
     ids = torch.randint(1, VOCABULARY, (3, 20))
     mask = torch.arange(20) < torch.tensor([20, 13, 17])[:, None]
     mask = mask if padding == "right" else mask.flip(1)
