@@ -236,8 +236,9 @@ class GPTModel(GPTPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
         angles = rotary_angles(position_ids, self.config)
-        for left, block in zip(reversed(range(len(self.layers))), self.layers, strict=True):
-            x = block(x, angles, bias, past_key_values=past_key_values, keep=None if left else keep)
+        for number, block in enumerate(self.layers, 1):
+            last = number == len(self.layers)
+            x = block(x, angles, bias, past_key_values=past_key_values, keep=keep if last else None)
         states = self.norm(x)
         if keep is not None:
             states = states[0] if self.layers else states[keep]
