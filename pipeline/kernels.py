@@ -1,10 +1,10 @@
 """The two halves of a block with gradients written by hand, for CPU. Skip this file at first: `gpt.py` says the same.
 
-What is computed is what `gpt.Block` says in plain PyTorch; tests/test_gpt.py holds values and gradients against it. A
-training step on CPU whose matrix products run in bf16 is bound by memory, so here queries, keys and values come out of
-one product, gate and up of another, nothing is converted back and forth or stored twice, and attention leaves out most
-of the scores that the causal mask would drop (PyTorch's own is two to three times slower in either precision). The
-residual stream and the norms are fp32; matrix products run in `dtype`, bf16 or fp32.
+What is computed is what `gpt.Block` says in plain PyTorch; tests/test_kernels.py holds values and gradients against
+it. A training step on CPU whose matrix products run in bf16 is bound by memory, so here queries, keys and values come
+out of one product, gate and up of another, nothing is converted back and forth or stored twice, and attention leaves
+out most of the scores that the causal mask would drop (PyTorch's own is two to three times slower in either precision).
+The residual stream and the norms are fp32; matrix products run in `dtype`, bf16 or fp32.
 
 Shapes: x (B, T, D) fp32 is the residual stream, h = norm(x) in `dtype`; H query heads, G key/value heads of size K.
 """

@@ -33,8 +33,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pipeline.arguments import ArgumentsT, StageArguments, parse
+from pipeline.arguments import StageArguments
 from pipeline.checkpoint import latest_checkpoint, sha256_of, step_of, write_json
+from pipeline.command_line import ArgumentsT, parse
 from pipeline.cpu import keep_freed_memory
 from pipeline.errors import UserError
 from pipeline.sources import GENERATORS, find_sources, is_local

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from pipeline import arguments as A
-from pipeline.arguments import PPOArguments, PretrainArguments, SFTArguments, parse
+from pipeline.arguments import PPOArguments, PretrainArguments, SFTArguments
+from pipeline.command_line import parse
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,8 @@ import torch
 from tiny_models import END_OF_TEXT, END_OF_TURN, tiny_policy, tiny_tokenizer, write_models
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.arguments import ChatArguments, resolve
+from pipeline.arguments import ChatArguments
+from pipeline.command_line import resolve
 from pipeline.errors import UserError
 from pipeline.sampler import Sampling, generate
 from pipeline.tokenizer import prompt_ids

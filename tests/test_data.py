@@ -1,19 +1,15 @@
-"""Data sets: each format on a literal and on real files, splits, errors in one sentence, packing without loss."""
+"""Data sets: each format on a literal and on real files, splits, errors in one sentence."""
 
 import gzip
 import json
-import random
-from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from pipeline import data, packing
+from pipeline import data
 from pipeline.errors import UserError
-from pipeline.tokenizer import train_tokenizer
 from reward_data import formats
 
 ROOT = Path(__file__).parent.parent
@@ -397,176 +393,3 @@ def test_other_errors(tmp_path: Path) -> None:
         data.load_preferences("stories", split="train")
     with pytest.raises(UserError, match="stories never ends"):
         data.load_prompts("stories", split="ppo")
-
-
-# ---- packing --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(["the cat sat on the mat and the dog ran to the park " * 20, "ü 漢字 🙂"], 300)
-
-
-@pytest.fixture(scope="module")
-def texts() -> list[str]:
-    rng = np.random.default_rng(0)
-    words = ["the", "cat", "naïve", "漢字", "🙂", "\n\n", "<|user|>", "<|endoftext|>", "x"]
-    return [" ".join(rng.choice(words, size=rng.integers(1, 40))) for _ in range(1203)]
-
-
-def line_of(texts: list[str], tokenizer) -> list[int]:
-    """The reference: each document alone, ends between them; special tokens spelt out are ordinary characters."""
-    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    ids = [t for text in texts for t in [*tokenizer(text, split_special_tokens=True)["input_ids"], end]]
-    return ids[:-1]
-
-
-@pytest.mark.parametrize("block_size", [2, 7, 64])
-def test_pack_predicts_every_token_but_the_first_once(tokenizer, texts: list[str], block_size: int) -> None:
-    packed = packing.pack(texts, tokenizer, block_size)
-    rows, line = packed.rows["input_ids"][:], line_of(texts, tokenizer)
-    assert all(len(row) == block_size for row in rows[:-1]) and 2 <= len(rows[-1]) <= block_size
-    assert [t for row in rows for t in row[1:]] == line[1:], "what the rows predict is the text"
-    assert [row[0] for row in rows] == [line[0]] + [row[-1] for row in rows[:-1]]
-    assert packed.rows["row"][:] == list(range(len(rows))) and packed.ids.tolist() == line
-    assert packed.tokens == len(line) - 1
-    first = data_bytes(tokenizer, line[0])
-    assert packed.bytes == sum(len(text.encode()) for text in texts) - len(first)
-    assert packed.characters == sum(len(text) for text in texts) - len(first.decode())
-    documents, current = [], []
-    for token in [*line, 1]:
-        if token == 1:
-            documents.append(tokenizer.decode(current))
-            current = []
-        else:
-            current.append(token)
-    assert documents == texts
-
-
-def data_bytes(tokenizer, token: int) -> bytes:
-    """A byte-level entry as bytes, by GPT-2's table written out the long way."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-    return bytes(table[char] for char in tokenizer.convert_ids_to_tokens(token))
-
-
-def test_pack_ends_documents_by_endoftext_even_where_eos_differs(tokenizer) -> None:
-    tokenizer.eos_token = "<|end|>"
-    try:
-        ids = packing.pack(["cat", "dog", "mat"], tokenizer, 2).ids.tolist()
-        assert ids.count(1) == 2 and 5 not in ids
-    finally:
-        tokenizer.eos_token = "<|endoftext|>"
-
-
-def test_pack_refuses_what_cannot_be_predicted(tokenizer) -> None:
-    for texts in ([], ["x"]):
-        with pytest.raises(UserError, match=f"too short: with {len(texts)} tokens"):
-            packing.pack(texts, tokenizer, 8)
-    with pytest.raises(UserError, match="block_size: 1 is too small"):
-        packing.pack(["the cat sat"], tokenizer, 1)
-
-
-def test_collate_fills_up_and_leaves_it_out_of_the_labels() -> None:
-    batch = packing.collate([{"input_ids": [7, 8, 9], "row": 4}, {"input_ids": [9, 6], "row": 5}])
-    assert batch["input_ids"].tolist() == [[7, 8, 9], [9, 6, 0]]
-    assert batch["labels"].tolist() == [[7, 8, 9], [9, 6, -100]] and batch["row"].tolist() == [4, 5]
-
-
-def test_streamed_rows_are_the_packed_rows(tokenizer, texts: list[str]) -> None:
-    whole = packing.pack(texts, tokenizer, 16)
-    stream = packing.StreamedRows(texts, tokenizer, 16)
-    for _ in range(2):  # the same again
-        streamed = list(stream)
-        assert streamed == whole.rows.to_list()[: len(streamed)] and len(whole.rows) - len(streamed) <= 1
-        assert stream.tokens == 15 * len(streamed)
-        assert stream.bytes == sum(len(text.encode()) for text in texts)
-
-
-# ---- duplicates and streams -----------------------------------------------------------------------------------------
-
-
-def test_near_equal_documents_are_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    rows = [{"text": f"The  Story {i % 50}\n"} for i in range(100)] + [{"text": f"the story {i}"} for i in range(60)]
-    file = write_rows(tmp_path / "t.jsonl", rows)
-    parts = [data.load_texts(file, split=split) for split in ("train", "validation", "test")]
-    assert sum(map(len, parts)) == 60 and "100 of 160 documents are duplicates and were dropped" in caplog.text
-    assert "The  Story 0\n" in [text for part in parts for text in part], "the first of the equal ones is kept"
-    keys = {data.document_key(text) for text in parts[0][:7]}
-    rest = data.load_texts(file, split="train", without=keys)
-    assert sorted(rest) == sorted(text for text in parts[0] if data.document_key(text) not in keys)
-
-
-def test_seen_keys_are_a_set() -> None:
-    rng = np.random.default_rng(0)
-    keys = [int(k).to_bytes(8, "big") for k in rng.integers(0, 3000, size=10_000)]
-    seen, reference = data.SeenKeys(merge_at=64), set()
-    for key in [b"\xff" * 8, *keys, b"\xff" * 8]:
-        assert seen.add(key) == (key not in reference)
-        reference.add(key)
-    assert len(seen.sorted) > 2000 and (np.diff(seen.sorted) > 0).all()
-
-
-def pass_of(stream: data.TextStream, count: int) -> list[str]:
-    return list(islice(stream, count))
-
-
-def test_a_stream_holds_out_what_memory_does(tmp_path: Path) -> None:
-    rows = [{"text": f"document {i % 1600} ü"} for i in range(2000)]
-    file = write_rows(tmp_path / "t.jsonl", rows)
-    memory = {split: set(data.load_texts(file, split=split)) for split in ("train", "validation", "test")}
-    stream = {split: data.load_texts(file, split=split, streaming=True) for split in memory}
-    assert sum(map(len, stream.values())) == 1600 and set.union(*map(set, stream.values())) == set.union(
-        *memory.values()
-    )
-    agree = sum(text in memory[split] for split in stream for text in stream[split])
-    assert agree >= 0.97 * 1600, "only documents at the limits change sides"
-    assert 0.03 < len(stream["validation"]) / 1600 < 0.07 and 0.03 < len(stream["test"]) / 1600 < 0.07
-    # Another seed, another pass: the sides stay, the order changes.
-    train = data.TextStream(file, split="train", seed=1, buffer_size=100)
-    count = len(stream["train"])
-    both = pass_of(train, 2 * count)
-    assert set(both[:count]) == set(both[count:]) == set(stream["train"]) and both[:count] != both[count:]
-    assert both[:count] != stream["train"] and train.duplicates > 0
-    assert pass_of(train, 2 * count) == both, "the same stream again"
-    assert both[:count] != pass_of(data.TextStream(file, split="train", seed=2, buffer_size=100), count)
-    without = {data.document_key(text) for text in both[:9]}
-    rest = data.TextStream(file, split="train", without=without, max_bytes=300)
-    assert not set(both[:9]) & set(pass_of(rest, 50))
-    assert 270 < sum(len(t.encode()) for t in rest.one_pass()) <= 300
-
-
-def test_a_stream_shuffles_within_its_buffer() -> None:
-    numbers = [str(i) for i in range(1000)]
-    mixed = list(data._shuffled(iter(numbers), random.Random(0), 50))
-    assert sorted(mixed) == sorted(numbers) and mixed != numbers
-    assert all(int(text) <= place + 50 for place, text in enumerate(mixed)), "nothing comes before it was read"
-
-
-def test_every_kind_of_source_streams(tmp_path: Path) -> None:
-    rows = [{"text": f'story {i}, "q"\nü'} for i in range(200)]
-    (tmp_path / "hub" / "data").mkdir(parents=True)
-    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
-    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
-    write_rows(tmp_path / "a.jsonl", rows)
-    (tmp_path / "b.txt").write_text("<|endoftext|>".join(row["text"] for row in rows), encoding="utf-8")
-    (tmp_path / "c.txt.gz").write_bytes(gzip.compress((tmp_path / "b.txt").read_bytes()))
-    lines = ["text", *('"{}"'.format(row["text"].replace('"', '""')) for row in rows)]
-    (tmp_path / "e.csv").write_text("\n".join(lines), encoding="utf-8")
-    expected = data.load_texts(str(tmp_path / "a.jsonl"), split="train", streaming=True)
-    assert 160 < len(expected) < 195
-    for name in ("b.txt", "c.txt.gz", "d.parquet", "e.csv", "hub"):
-        assert data.load_texts(str(tmp_path / name), split="train", streaming=True) == expected, name
-    stories = data.TextStream("stories", split="train", max_bytes=None)
-    assert len(set(pass_of(stories, 40))) == 40, "the generator has no end, so neither has the stream"
-
-
-def test_one_long_text_cannot_stream(tmp_path: Path) -> None:
-    (tmp_path / "one.txt").write_text("To be, or not to be.\n" * 100)
-    for split in ("train", "validation"):
-        with pytest.raises(UserError, match=r"one\.txt has no <\|endoftext\|> between documents.*streaming: false"):
-            data.load_texts(str(tmp_path / "one.txt"), split=split, streaming=True)
-    file = write_rows(tmp_path / "few.jsonl", [{"text": "only this"}])
-    with pytest.raises(UserError, match="has no text for the split"):
-        next(iter(data.TextStream(file, split="validation")))

@@ -10,7 +10,8 @@ import torch
 from tiny_models import END_OF_TEXT, END_OF_TURN, tiny_policy, tiny_tokenizer, write_models
 
 from pipeline import evaluate
-from pipeline.arguments import EvaluateArguments, resolve
+from pipeline.arguments import EvaluateArguments
+from pipeline.command_line import resolve
 from pipeline.errors import UserError
 from pipeline.evaluate import (
     Answers,

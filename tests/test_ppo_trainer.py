@@ -1,4 +1,4 @@
-"""The PPO trainer: every known defect of TRL's last one is absent, the optimum is found, a killed run ends the same."""
+"""The PPO trainer: every known defect of TRL's last one is absent, and wrong input is said in a sentence."""
 
 import math
 
@@ -7,7 +7,6 @@ import torch
 from accelerate.state import AcceleratorState
 from ppo_tools import (
     count_t7,
-    critic,
     gradients_of,
     policy,
     prompts,
@@ -17,9 +16,6 @@ from ppo_tools import (
     weights,
 )
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
@@ -329,99 +325,6 @@ def test_several_rewards_add_up(tmp_path):
     torch.testing.assert_close(one, two + 1.0)
 
 
-# --- resume and saving ------------------------------------------------------------------------------------------------
-
-
-class Killed(Exception):
-    pass
-
-
-def kill_after(updates):
-    def callback(made, metrics):
-        if made.updates_done == updates:
-            raise Killed
-
-    return callback
-
-
-def noisy(prompts, completions, **columns):
-    """A reward that draws from torch's global generator: its state must come back too."""
-    return (torch.rand(len(prompts)) + torch.tensor(count_t7(prompts, completions))).tolist()
-
-
-@pytest.mark.parametrize("killed_after", [2, 3])
-def test_a_killed_run_ends_with_the_same_bits(tmp_path, killed_after):
-    torch.manual_seed(5)
-    whole = trainer(tmp_path / "whole", rewards=noisy, save_steps=2, lr_scheduler_type="linear")
-    torch.manual_seed(5)
-    final = whole.train()
-    # Update 3 is lost if the kill comes after it: the last checkpoint is that of update 2.
-    first = trainer(tmp_path / "parts", rewards=noisy, save_steps=2, callbacks=[kill_after(killed_after + 1)])
-    torch.manual_seed(5)
-    with pytest.raises(Killed):
-        first.train()
-    torch.manual_seed(99)
-    second = trainer(tmp_path / "parts", rewards=noisy, save_steps=2, models=(policy(7), critic(8)),
-                     reference=policy())  # fmt: skip
-    resumed = second.train()
-    assert second.rows[0]["step"] == 3
-    assert same(weights(whole.policy), weights(second.policy)) and same(weights(whole.critic), weights(second.critic))
-    for a, b in (
-        (whole.policy_optimizer, second.policy_optimizer),
-        (whole.critic_optimizer, second.critic_optimizer),
-    ):
-        for one, two in zip(a.state_dict()["state"].values(), b.state_dict()["state"].values(), strict=True):
-            assert all(torch.equal(one[k], two[k]) for k in one)
-    del final["episodes_per_s"], resumed["episodes_per_s"]
-    assert final == resumed
-    assert whole.tokens == second.tokens
-
-
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
-    first = trainer(tmp_path, save_steps=1, callbacks=[kill_after(3)])
-    with pytest.raises(Killed):
-        first.train()
-    newest = tmp_path / "checkpoints" / "step-00000002"
-    (newest / "critic.safetensors").write_bytes(b"torn")
-    second = trainer(tmp_path, save_steps=1)
-    second.train()
-    assert second.rows[0]["step"] == 2 and "critic.safetensors is damaged" in capsys.readouterr().out
-
-
-def test_a_finished_run_has_nothing_left_to_do(tmp_path):
-    first = trainer(tmp_path, save_steps=2, total_episodes=16)
-    final = first.train()
-    second = trainer(tmp_path, save_steps=2, total_episodes=16, models=(policy(7), critic(8)))
-    assert second.train() == final and second.rows == []
-    assert same(weights(first.policy), weights(second.policy))
-
-
-def test_a_policy_given_as_its_own_reference_is_copied(tmp_path):
-    actor = policy()
-    made = trainer(tmp_path, models=(actor, critic()), reference=actor, total_episodes=16)
-    made.train()
-    assert made.rows[0]["objective/kl"] == 0.0 and made.rows[1]["objective/kl_k3"] > 0.0
-
-
-def test_resume_refuses_another_run(tmp_path):
-    first = trainer(tmp_path, save_steps=1, total_episodes=16)
-    first.train()
-    with pytest.raises(UserError, match="written with seed 0, now it is 1"):
-        trainer(tmp_path, save_steps=1, total_episodes=16, seed=1).train()
-
-
-def test_saved_folders_are_stock(tmp_path):
-    made = trainer(tmp_path, total_episodes=8)
-    made.train()
-    made.save_model(tmp_path / "model")
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    ids = torch.randint(16, (2, 9))
-    torch.testing.assert_close(stock(ids).logits, made.policy(ids).logits, atol=1e-5, rtol=0)
-    judge = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model" / "critic")
-    torch.testing.assert_close(judge.score.weight, made.critic.score.weight)
-    assert AutoTokenizer.from_pretrained(tmp_path / "model").eos_token == "<end>"
-
-
 # --- wrong input ------------------------------------------------------------------------------------------------------
 
 
@@ -463,52 +366,3 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     with pytest.raises(UserError, match="update 1 is not a finite number"):
         made.train()
     assert not list((tmp_path / "checkpoints").glob("step-*"))
-
-
-# --- a known optimum --------------------------------------------------------------------------------------------------
-
-BETA = 0.5
-ARMS = torch.tensor([0.0, 0.0, 0.0, 1.0, 0.5, 0.9, 0.1, 0.4])  # the first three are special: they decode to nothing
-
-
-def bandit(tmp_path, seed, rewards=ARMS, **changes):
-    def reward(prompts, completions, **columns):
-        return [float(rewards[int(text[1:])] if text else rewards[0]) for text in completions]
-
-    models = changes.pop("models", (policy(seed, size=8), critic(seed + 100, size=8)))
-    return trainer(tmp_path, models=models, words=tokenizer(8), rows=[{"prompt": "t6 t7"}] * 4, rewards=reward,
-                   seed=seed, **{"kl_coef": BETA, "response_length": 1, "batch_size": 128, "num_mini_batches": 2,
-                   "num_ppo_epochs": 2, "per_device_train_batch_size": 64, "learning_rate": 3e-3,
-                   "critic_learning_rate": 1e-2, "total_episodes": 128 * 40, **changes})  # fmt: skip
-
-
-def distribution(model):
-    with torch.no_grad():
-        return model(torch.tensor([[6, 7]])).logits[0, -1].log_softmax(-1)
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_bandit_reaches_the_known_optimum(tmp_path, seed):
-    """The optimum of E[r] − β·KL(π‖π_ref) is π* ∝ π_ref·exp(r/β), and its value β·log Z."""
-    made = bandit(tmp_path, seed)
-    ref = distribution(made.policy)
-    made.train()
-    found = distribution(made.policy)
-    best = BETA * torch.logsumexp(ref + ARMS / BETA, 0)
-
-    def objective(logprobs):
-        return (logprobs.exp() * (ARMS - BETA * (logprobs - ref))).sum()
-
-    optimum = (ref + ARMS / BETA).log_softmax(-1)
-    assert objective(optimum) == pytest.approx(best.item(), abs=1e-5)
-    gap = (best - objective(found)) / (best - objective(ref))
-    assert 0 <= gap < 0.01, f"{gap:.3f} of the possible gain is missing"
-    assert (found.exp() - optimum.exp()).abs().max() < 0.03
-
-
-def test_a_constant_reward_moves_nothing_but_noise(tmp_path):
-    made = bandit(tmp_path, 0, rewards=torch.full((8,), 0.7), total_episodes=128 * 20)
-    ref = distribution(made.policy)
-    made.train()
-    found = distribution(made.policy)
-    assert (found.exp() * (found - ref)).sum() < 0.01

@@ -21,8 +21,9 @@ from tiny_models import tiny_policy, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from pipeline import data, hf_trainer, nan_guard, packing, runtime
-from pipeline.arguments import PretrainArguments, resolve
+from pipeline.arguments import PretrainArguments
 from pipeline.checkpoint import fault_of, sha256_of
+from pipeline.command_line import resolve
 from pipeline.errors import UserError
 from pipeline.flops import flops_per_token
 from pipeline.gpt import GPTForCausalLM

@@ -12,7 +12,8 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from pipeline import report
-from pipeline.arguments import ReportArguments, resolve
+from pipeline.arguments import ReportArguments
+from pipeline.command_line import resolve
 from pipeline.errors import UserError
 from pipeline.report_html import page
 from pipeline.report_plots import PALETTE, draw_plots

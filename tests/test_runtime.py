@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from pipeline import runtime
-from pipeline.arguments import SFTArguments, resolve
+from pipeline.arguments import SFTArguments
 from pipeline.checkpoint import save_checkpoint
+from pipeline.command_line import resolve
 from pipeline.errors import UserError
 
 

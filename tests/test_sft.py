@@ -6,7 +6,8 @@ import pytest
 from datasets import Dataset
 from transformers import Qwen3Config
 
-from pipeline.arguments import SFTArguments, resolve
+from pipeline.arguments import SFTArguments
+from pipeline.command_line import resolve
 from pipeline.gpt import GPTForCausalLM
 from pipeline.runtime import Stage
 from pipeline.tokenizer import train_tokenizer

@@ -12,7 +12,8 @@ from conftest import make
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import nanogpt
-from pipeline.arguments import TokenizerArguments, parse
+from pipeline.arguments import TokenizerArguments
+from pipeline.command_line import parse
 from pipeline.errors import UserError
 from stages import tokenizer
 

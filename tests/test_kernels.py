@@ -1,0 +1,96 @@
+"""The hand-written halves of a block: values and gradients are those of the formulas in gpt.py."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from gpt_tools import VOCABULARY, assert_close, batch, pair, small_config
+from transformers import Qwen3ForCausalLM
+
+from pipeline import kernels
+from pipeline.gpt import GPTForCausalLM
+
+
+def test_hand_written_norm_equals_autograd():
+    torch.manual_seed(0)
+    for shape in ((3, 5, 48), (2, 7, 4, 16)):
+        x, weight, grad = torch.randn(shape), torch.rand(shape[-1]), torch.randn(shape)
+        weight[0] = 0  # nothing may divide by a weight
+        x, weight = x.requires_grad_(), weight.requires_grad_()
+        expected = weight * x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+        ours = kernels.rms_norm(x, weight, 1e-6)
+        assert_close(ours, expected)
+        for a, b in zip(*(torch.autograd.grad(y, (x, weight), grad) for y in (ours, expected)), strict=True):
+            assert_close(a, b)
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 150])
+def test_hand_written_attention_equals_the_formula(tokens):
+    """In fp64, so that what remains is an error of the formula."""
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(4, tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(4))
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+    ours, probabilities = kernels.attention_forward(q.detach(), k.detach(), v.detach())
+    torch.testing.assert_close(ours, expected)
+    gradients = kernels.attention_backward(grad.detach(), q.detach(), k.detach(), v.detach(), probabilities)
+    for a, b in zip(gradients, torch.autograd.grad(expected, (q, k, v), grad), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("padding", ["full", "right"])
+def test_hand_written_block_equals_the_plain_one(monkeypatch, groups, padding):
+    """Every weight's gradient and the loss, hand-written halves against autograd on the formulas."""
+    ours, _ = pair(GPTForCausalLM, Qwen3ForCausalLM, num_key_value_heads=groups)
+    inputs = batch(padding)
+    calls, run = [], kernels.run
+    monkeypatch.setattr(kernels, "run", lambda *given: calls.append(1) or run(*given))
+    by_hand = ours(**inputs).loss
+    by_hand.backward()
+    assert len(calls) == 3  # one a layer: the fast way was taken
+    gradients = {name: p.grad.clone() for name, p in ours.named_parameters()}
+    ours.zero_grad()
+    monkeypatch.setattr(kernels, "can_run", lambda *_: False)
+    plain = ours(**inputs).loss
+    plain.backward()
+    assert_close(by_hand, plain)
+    for name, parameter in ours.named_parameters():
+        assert_close(gradients[name], parameter.grad, name)
+
+
+@pytest.mark.parametrize("layers", [0, 1, 3])
+@pytest.mark.parametrize("padding", ["right", "left"])  # the hand-written blocks, and the plain ones
+def test_states_at_some_places_are_those_of_all(padding, layers):
+    model, _ = pair(GPTForCausalLM, Qwen3ForCausalLM, num_hidden_layers=layers)
+    ids = torch.randint(1, VOCABULARY, (3, 20))
+    mask = torch.arange(20) < torch.tensor([20, 13, 17])[:, None]
+    mask = mask if padding == "right" else mask.flip(1)
+    keep = mask & (torch.rand(3, 20) < 0.4)
+    found = []
+    for asked in (None, keep):
+        model.zero_grad()
+        states = model.model(ids, mask.long(), keep=asked).last_hidden_state
+        states = states[keep] if asked is None else states
+        states.square().sum().backward()
+        found.append([states.detach(), *(p.grad.clone() for p in model.model.parameters())])
+    assert found[1][0].shape == (int(keep.sum()), 48)
+    for every, some in zip(*found, strict=True):
+        assert_close(some, every)
+
+
+def test_the_hand_written_block_steps_aside_for_what_it_does_not_know():
+    x = torch.randn(2, 5, 48)
+
+    def block(**changes):
+        return GPTForCausalLM(small_config(**changes)).train().model.layers[0]
+
+    assert kernels.can_run(block(), x)
+    assert not kernels.can_run(block(), x.bfloat16())
+    assert not kernels.can_run(block(), torch.randn(1, kernels.LONGEST + 1, 48))
+    assert not kernels.can_run(block(attention_bias=True), x)
+    assert not kernels.can_run(block(attention_dropout=0.1), x)
+    assert kernels.can_run(block(attention_dropout=0.1).eval(), x)
+    adapted, hooked, unnormed = block(), block(), block()
+    adapted.mlp.up_proj = torch.nn.Sequential(adapted.mlp.up_proj)  # as LoRA wraps a projection
+    hooked.self_attn.q_proj.register_forward_hook(lambda *_: None)
+    unnormed.self_attn.q_norm = torch.nn.Identity()
+    assert not any(kernels.can_run(changed, x) for changed in (adapted, hooked, unnormed))

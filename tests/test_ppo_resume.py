@@ -1,0 +1,98 @@
+"""A killed PPO run ends with the same bits, and what it saves are stock folders."""
+
+import pytest
+import torch
+from ppo_tools import count_t7, critic, policy, same, trainer, weights
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from pipeline.errors import UserError
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_after(updates):
+    def callback(made, metrics):
+        if made.updates_done == updates:
+            raise Killed
+
+    return callback
+
+
+def noisy(prompts, completions, **columns):
+    """A reward that draws from torch's global generator: its state must come back too."""
+    return (torch.rand(len(prompts)) + torch.tensor(count_t7(prompts, completions))).tolist()
+
+
+@pytest.mark.parametrize("killed_after", [2, 3])
+def test_a_killed_run_ends_with_the_same_bits(tmp_path, killed_after):
+    torch.manual_seed(5)
+    whole = trainer(tmp_path / "whole", rewards=noisy, save_steps=2, lr_scheduler_type="linear")
+    torch.manual_seed(5)
+    final = whole.train()
+    # Update 3 is lost if the kill comes after it: the last checkpoint is that of update 2.
+    first = trainer(tmp_path / "parts", rewards=noisy, save_steps=2, callbacks=[kill_after(killed_after + 1)])
+    torch.manual_seed(5)
+    with pytest.raises(Killed):
+        first.train()
+    torch.manual_seed(99)
+    second = trainer(tmp_path / "parts", rewards=noisy, save_steps=2, models=(policy(7), critic(8)),
+                     reference=policy())  # fmt: skip
+    resumed = second.train()
+    assert second.rows[0]["step"] == 3
+    assert same(weights(whole.policy), weights(second.policy)) and same(weights(whole.critic), weights(second.critic))
+    for a, b in (
+        (whole.policy_optimizer, second.policy_optimizer),
+        (whole.critic_optimizer, second.critic_optimizer),
+    ):
+        for one, two in zip(a.state_dict()["state"].values(), b.state_dict()["state"].values(), strict=True):
+            assert all(torch.equal(one[k], two[k]) for k in one)
+    del final["episodes_per_s"], resumed["episodes_per_s"]
+    assert final == resumed
+    assert whole.tokens == second.tokens
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
+    first = trainer(tmp_path, save_steps=1, callbacks=[kill_after(3)])
+    with pytest.raises(Killed):
+        first.train()
+    newest = tmp_path / "checkpoints" / "step-00000002"
+    (newest / "critic.safetensors").write_bytes(b"torn")
+    second = trainer(tmp_path, save_steps=1)
+    second.train()
+    assert second.rows[0]["step"] == 2 and "critic.safetensors is damaged" in capsys.readouterr().out
+
+
+def test_a_finished_run_has_nothing_left_to_do(tmp_path):
+    first = trainer(tmp_path, save_steps=2, total_episodes=16)
+    final = first.train()
+    second = trainer(tmp_path, save_steps=2, total_episodes=16, models=(policy(7), critic(8)))
+    assert second.train() == final and second.rows == []
+    assert same(weights(first.policy), weights(second.policy))
+
+
+def test_a_policy_given_as_its_own_reference_is_copied(tmp_path):
+    actor = policy()
+    made = trainer(tmp_path, models=(actor, critic()), reference=actor, total_episodes=16)
+    made.train()
+    assert made.rows[0]["objective/kl"] == 0.0 and made.rows[1]["objective/kl_k3"] > 0.0
+
+
+def test_resume_refuses_another_run(tmp_path):
+    first = trainer(tmp_path, save_steps=1, total_episodes=16)
+    first.train()
+    with pytest.raises(UserError, match="written with seed 0, now it is 1"):
+        trainer(tmp_path, save_steps=1, total_episodes=16, seed=1).train()
+
+
+def test_saved_folders_are_stock(tmp_path):
+    made = trainer(tmp_path, total_episodes=8)
+    made.train()
+    made.save_model(tmp_path / "model")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    ids = torch.randint(16, (2, 9))
+    torch.testing.assert_close(stock(ids).logits, made.policy(ids).logits, atol=1e-5, rtol=0)
+    judge = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model" / "critic")
+    torch.testing.assert_close(judge.score.weight, made.critic.score.weight)
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").eos_token == "<end>"
