@@ -6,7 +6,7 @@ result.
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -218,6 +218,18 @@ class _Draw(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter_(1, token[:, None], 0.0)
 
 
+@contextmanager
+def _without_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """The model's own generation_config set aside: transformers fills in from it what a call leaves open, and bans,
+    penalties and least lengths would sample from another distribution than the one whose log-probabilities we give."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own, inner.generation_config = inner.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        inner.generation_config = own
+
+
 def _respond_with_transformers(
     model: PreTrainedModel, prompts: Tensor, starts: Tensor, uniform: Tensor, sampling: Sampling, ends: list[int]
 ) -> tuple[Tensor, Tensor]:
@@ -235,9 +247,10 @@ def _respond_with_transformers(
     model.eval()
     try:
         mask = (torch.arange(prompts.shape[1], device=prompts.device) >= starts[:, None]).long()
-        model.generate(
-            prompts, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([draw])
-        )
+        with _without_defaults(model):
+            model.generate(
+                prompts, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([draw])
+            )
     finally:
         model.train(training)
     tokens, logprobs = torch.stack(draw.tokens, 1), torch.stack(draw.logprobs, 1)

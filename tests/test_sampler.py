@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from sampler_tools import END, PAD, VOCABULARY, gpt, prompts, responses, seeded
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen3ForCausalLM
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, Qwen3ForCausalLM
 
 from pipeline.decoder import Decoder
 from pipeline.gpt import GPTForCausalLM
@@ -223,6 +223,20 @@ def test_another_architecture_goes_through_transformers(model):
     greedy = generate(other, [prompt], temperature=0, **settings)
     del settings["pad_token_id"]
     assert list(stream(other, prompt, temperature=0, **settings)) == responses(greedy)[0]
+
+
+@pytest.mark.parametrize("ban", [{"suppress_tokens": [7, 8, 9]}, {"no_repeat_ngram_size": 1}, {"min_new_tokens": 9},
+                                 {"bad_words_ids": [[6]]}, {"repetition_penalty": 3.0}])  # fmt: skip
+def test_a_models_own_generation_config_changes_no_sample(model, ban):
+    """What it bans or penalises would be sampled from another distribution than the log-probabilities are of."""
+    stock = Qwen3ForCausalLM(model.config).eval()
+    stock.load_state_dict(model.state_dict())
+    settings = {"max_new_tokens": 12, "eos_token_id": [END, 5], "pad_token_id": PAD}
+    plain = generate(stock, prompts(), generator=seeded(7), **settings)
+    own = stock.generation_config = GenerationConfig(**ban)
+    banned = generate(stock, prompts(), generator=seeded(7), **settings)
+    assert torch.equal(plain.sequences, banned.sequences) and torch.equal(plain.logprobs, banned.logprobs)
+    assert stock.generation_config is own
 
 
 def test_both_ways_draw_the_same_samples(model):

@@ -11,6 +11,7 @@ RATIO = 0.01  # spread of the ratio at an update's first step, where it should b
 ENTROPY = 0.1  # share of the first update's entropy
 LENGTH = 1.5  # times the first update's length
 TRUNCATED = 0.5  # rise of the share without an end token
+GAP = 0.05  # nats a token between the sampler's log-probabilities and training's; bf16 makes 0.005
 GOLD = 2.0  # standard errors of a fall of gold
 
 
@@ -32,6 +33,12 @@ def watch_update(watched: dict[str, Any], metrics: dict[str, float], batch_size:
             f"the probability ratio at the first step of an update is off 1 by {ratio:.2g} (root mean square): two "
             "forward passes with equal weights disagree (dropout, precision, randomness in the model), which PPO "
             "mistakes for learning"
+        )
+    if metrics.get("val/sampler_gap", 0.0) > GAP:
+        found["gap"] = (
+            f"the sampler's log-probabilities differ from training's by {metrics['val/sampler_gap']:.2g} nats a token "
+            "(val/sampler_gap): it samples from another distribution (filters, penalties, older weights, another "
+            "precision); set sampler_weight_cap, or mend the sampler"
         )
     if now[0] < ENTROPY * was[0]:
         found["entropy"] = (
