@@ -32,7 +32,11 @@ def write_json(path: Path, value: object) -> None:
 
 
 def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], keep: int = 2) -> Path:
-    """Make `folder/step-<step>` with what `write(path)` puts into it, then remove all but the newest `keep`."""
+    """Make `folder/step-<step>` with what `write(path)` puts into it, then remove all but the newest `keep`.
+
+    Later steps that are there already are damaged ones, which the run did not go on from: they go first, or they would
+    be taken for the newest.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     beside, final = folder / f"partial-{step:08d}", folder / f"step-{step:08d}"
     shutil.rmtree(beside, ignore_errors=True)
@@ -41,7 +45,9 @@ def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], keep
     seal(beside)
     shutil.rmtree(final, ignore_errors=True)
     beside.rename(final)
-    for old in _by_step(folder)[keep:]:
+    there = _by_step(folder)
+    later = [checkpoint for checkpoint in there if step_of(checkpoint) > step]
+    for old in [*later, *there[len(later) + keep :]]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 

@@ -18,6 +18,18 @@ def test_the_newest_is_found_and_old_ones_go(tmp_path: Path) -> None:
     assert (latest_checkpoint(tmp_path) / "state.bin").read_text() == "10"
 
 
+def test_a_new_checkpoint_outlives_damaged_ones_of_later_steps(tmp_path: Path) -> None:
+    """A run whose checkpoints are all damaged begins anew, and what it writes then must stay."""
+    for step in (4, 5):
+        save_checkpoint(tmp_path, step, writer("old"))
+    for damaged in list(tmp_path.iterdir()):
+        (damaged / "state.bin").write_text("torn")
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, writer(str(step)), keep=2)
+        assert latest_checkpoint(tmp_path).name == f"step-{step:08d}"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+
+
 @pytest.mark.parametrize("damage", ["flip a byte", "cut", "lose a file", "lose the manifest", "spoil the manifest"])
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(tmp_path: Path, damage: str) -> None:
     save_checkpoint(tmp_path, 1, writer("one"))
