@@ -180,12 +180,17 @@ def add_to_moments(moments: Sequence[float], scores: Tensor, reduce: Reduce | No
     return [both, mean + gap * new_count / both, squares + new_squares + gap**2 * count * new_count / both]
 
 
+def standard_deviation(moments: Sequence[float]) -> float:
+    """Of all scores so far, from their count, mean and Σ(x − mean)²; 1 where they are equal, or there are none."""
+    count, _, squares = moments
+    std = math.sqrt(squares / max(1.0, count - 1))
+    return std if std > 1e-8 else 1.0
+
+
 def scale_scores(scores: Tensor, moments: Sequence[float] | None, clip: float | None) -> Tensor:
     """(score − mean)/standard deviation by `moments`, if given, then clipped to ±clip, if given."""
     if moments is not None:
-        count, mean, squares = moments
-        std = math.sqrt(squares / max(1.0, count - 1))
-        scores = (scores - mean) / (std if std > 1e-8 else 1.0)  # equal scores all become 0
+        scores = (scores - moments[1]) / standard_deviation(moments)
     return scores if clip is None else scores.clamp(-clip, clip)
 
 

@@ -85,7 +85,7 @@ def test_lora_takes_the_matrices_it_is_told():
 
 
 def test_a_reference_that_follows_the_policy_is_no_switched_off_adapter(tmp_path):
-    with pytest.raises(UserError, match="ref_sync_updates: a policy with LoRA needs a reference of its own"):
+    with pytest.raises(UserError, match="ref_sync_updates: a policy with LoRA cannot hand its weights"):
         trainer(tmp_path, models=build("ours", lora=True), ref_sync_updates=1)
 
 

@@ -47,6 +47,16 @@ def test_figures_by_hand(tmp_path):
     assert found["eval/gold_se"] == pytest.approx(gold.std().item() / 6**0.5)
 
 
+def test_penalties_are_in_the_units_of_normalised_scores(tmp_path):
+    """The reward that is optimised is score/σ − β·KL, so with raw scores β·KL counts σ times."""
+    made = trainer(tmp_path, eval_rows=prompts(6), reference=policy(seed=4), kl_coef=0.1, normalize_scores=True,
+                   missing_eos_penalty=0.5)  # fmt: skip
+    made.score_moments = [10.0, 3.0, 9 * 50.0**2]
+    found = made.evaluate()
+    penalty = 0.5 * found["eval/without_eos"] + 0.1 * found["eval/kl"]
+    assert penalty > 0 and found["eval/rlhf_reward"] == pytest.approx(found["eval/proxy"] - 50.0 * penalty)
+
+
 @pytest.mark.parametrize("metric", ["proxy", "none"])
 def test_the_best_policy_is_kept(tmp_path, metric):
     """The figure rises, then falls: what is kept is the policy of update 2, not the last one."""

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from ppo_tools import critic, gradients_of, policy, same, trainer, weights
+from ppo_tools import config, critic, gradients_of, policy, prompts, same, trainer, weights
 from transformers import AutoModelForCausalLM
 
 from pipeline.errors import UserError
+from pipeline.gpt import GPTForCausalLM
 from pipeline.ppo import algorithm as A
 
 
@@ -179,6 +180,28 @@ def test_reference_is_renewed(tmp_path):
     assert [row["objective/kl_k3"] == 0.0 for row in made.rows] == [True, False, True, False]
 
 
+def test_the_reference_is_renewed_after_the_evaluation_and_beta_waits_for_the_next(tmp_path):
+    """Else the held-out KL would be 0 at each evaluation, and β would fall for no reason."""
+    made = trainer(tmp_path, ref_sync_updates=2, eval_steps=2, eval_rows=prompts(4), adaptive_kl_target=0.1,
+                   adaptive_kl_horizon=100)  # fmt: skip
+    made.train()
+    found = {row["step"]: row["eval/kl"] for row in made.rows if "eval/kl" in row}
+    assert found[0] == 0.0 and found[2] != 0.0 and found[4] != 0.0
+    beta = [row["objective/kl_coef"] for row in made.rows if "objective/kl_coef" in row]
+    assert beta[0] == beta[1] and beta[2] == beta[3] != beta[1]  # none after updates 1 and 3, whose KL is 0
+
+
+def test_a_reference_that_cannot_be_renewed_is_refused(tmp_path):
+    deeper = GPTForCausalLM(config(num_hidden_layers=2))
+    with pytest.raises(UserError, match="ref_sync_updates: the reference has other shapes"):
+        trainer(tmp_path, reference=deeper, ref_sync_updates=1)
+
+
+def test_pretraining_text_is_cut_to_the_models_context(tmp_path):
+    made = trainer(tmp_path, ptx_coef=1.0, ptx_dataset=["t6 " * 100, "t7"])
+    assert [len(ids) for ids in made.ptx.ids] == [48, 2]
+
+
 def test_several_answers_to_a_prompt(tmp_path):
     made = trainer(tmp_path, num_generations=4)
     rollout, _ = made.sample(1)
@@ -214,6 +237,12 @@ def test_all_of_it_is_resumed_to_the_bit(tmp_path):
         ({"cliprange_value": 0.0}, "cliprange_value: 0.0 must be above 0, or none"),
         ({"cliprange_high": -0.1}, "cliprange_high: -0.1 must be above 0"),
         ({"ema_decay": 1.0}, "ema_decay: 1.0 must lie between 0 and 1"),
+        ({"adaptive_kl_target": 4.0, "adaptive_kl_horizon": 7}, "adaptive_kl_horizon: 7 episodes are less than the 8"),
+        ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type: 'cosine' is none of 'linear', 'constant'"),
+        ({"mixed_precision": "fp16"}, "mixed_precision: 'fp16' is none of 'auto', 'bf16', 'no'"),
+        ({"best_metric": "kl"}, "best_metric: 'kl' is none of 'none', 'rlhf_reward'"),
+        ({"num_mini_batches": 0}, "num_mini_batches: 0 is too small"),
+        ({"eval_steps": 2}, "eval_steps is set but eval_dataset is missing"),
         ({"num_generations": 3}, "batch_size 8 must be a multiple of num_generations"),
         ({"ptx_coef": 1.0}, "ptx_dataset is missing or has no rows"),
         ({"ptx_coef": 1.0, "ptx_dataset": [{"words": "t7"}]}, "ptx_dataset has no column 'text' but 'words'"),

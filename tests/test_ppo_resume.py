@@ -1,11 +1,13 @@
 """A killed PPO run ends with the same bits, and what it saves are stock folders."""
 
+import numpy as np
 import pytest
 import torch
-from ppo_tools import count_t7, critic, policy, same, trainer, weights
+from ppo_tools import config, count_t7, critic, policy, prompts, same, trainer, weights
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from pipeline.errors import UserError
+from pipeline.gpt import GPTForCausalLM
 
 
 class Killed(Exception):
@@ -84,6 +86,87 @@ def test_resume_refuses_another_run(tmp_path):
     first.train()
     with pytest.raises(UserError, match="written with seed 0, now it is 1"):
         trainer(tmp_path, save_steps=1, total_episodes=16, seed=1).train()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"kl_coef": 9.0}, {"learning_rate": 1e-7}, {"gamma": 0.9}, {"best_metric": "win_rate"}, {"adam_epsilon": 1.0}],
+)
+def test_resume_refuses_other_settings(tmp_path, change):
+    trainer(tmp_path, save_steps=1, total_episodes=16).train()
+    with pytest.raises(UserError, match=f"written with {next(iter(change))} "):
+        trainer(tmp_path, save_steps=1, total_episodes=16, **change).train()
+
+
+def test_resume_says_so_and_takes_what_changes_no_result(tmp_path, capsys):
+    with pytest.raises(Killed):
+        trainer(tmp_path, save_steps=1, total_episodes=24, callbacks=[kill_after(3)]).train()
+    second = trainer(tmp_path, save_steps=2, total_episodes=24, per_device_train_batch_size=1)
+    second.train()
+    assert second.rows[0]["step"] == 3
+    assert "step-00000002: 2 of 3 updates are done" in capsys.readouterr().out
+
+
+def test_resume_refuses_other_models_and_other_held_out_prompts(tmp_path):
+    trainer(tmp_path, save_steps=1, total_episodes=16, eval_steps=1, eval_rows=prompts(3)).train()
+    with pytest.raises(UserError, match="written with held-out prompts 3, now it is 4"):
+        trainer(tmp_path, save_steps=1, total_episodes=16, eval_steps=1, eval_rows=prompts(4)).train()
+    wide = GPTForCausalLM(config(hidden_size=64))
+    with pytest.raises(UserError, match="step-00000002 is of other models"):
+        trainer(tmp_path, models=(wide, critic()), save_steps=1, total_episodes=16, eval_steps=1,
+                eval_rows=prompts(3)).train()  # fmt: skip
+
+
+def test_numbers_of_numpy_do_not_spoil_a_checkpoint(tmp_path):
+    settings = {"save_steps": 1, "kl_coef": np.linspace(0, 0.1, 3)[1], "learning_rate": np.float64(1e-3)}
+    first = trainer(
+        tmp_path, callbacks=[lambda t, metrics: metrics.update(bleu=np.float32(0.5)), kill_after(2)], **settings
+    )
+    with pytest.raises(Killed):
+        first.train()
+    second = trainer(tmp_path, **settings)
+    second.train()
+    assert [row["step"] for row in second.rows] == [2, 3, 4] and second.kl_coef == 0.05
+
+
+@pytest.mark.parametrize("fails_at", [2, 4])
+def test_an_evaluation_that_failed_is_made_up_for(tmp_path, fails_at):
+    broken = {"judge": True}
+
+    def gold(prompts, completions, **columns):
+        if broken["judge"] and first.updates_done == fails_at:
+            raise ConnectionError("the judge is away")
+        return [1.0] * len(prompts)
+
+    first = trainer(tmp_path, eval_rows=prompts(3), eval_steps=2, gold=gold, save_steps=1)
+    with pytest.raises(UserError, match="the judge is away"):
+        first.train()
+    broken["judge"] = False
+    second = trainer(tmp_path, eval_rows=prompts(3), eval_steps=2, gold=gold, save_steps=1)
+    second.train()
+    assert [r["step"] for r in second.rows if "eval/gold" in r] == [step for step in (2, 4) if step >= fails_at]
+
+
+def test_half_an_update_is_not_gone_on_from(tmp_path):
+    """Ctrl-C in a notebook, and the same cell again."""
+    made, taken = trainer(tmp_path, save_steps=1), []
+    step = made._clip_and_step
+
+    def interrupted(model, optimizer):
+        taken.append(1)
+        if len(taken) == 12:
+            raise KeyboardInterrupt
+        return step(model, optimizer)
+
+    made._clip_and_step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    with pytest.raises(UserError, match="update 2 was broken off between two optimizer steps"):
+        made.train()
+    again, whole = trainer(tmp_path, save_steps=1), trainer(tmp_path / "whole")
+    again.train()
+    whole.train()
+    assert same(weights(again.policy), weights(whole.policy))
 
 
 def test_saved_folders_are_stock(tmp_path):

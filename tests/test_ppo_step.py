@@ -71,6 +71,15 @@ def test_a_loop_of_ones_own_is_resumed(tmp_path):
     assert same(weights(whole.policy), weights(parts[1].policy))
 
 
+def test_steps_beside_another_runs_checkpoints_are_refused(tmp_path):
+    (asked, said, scores, _), *_ = recorded(trainer(tmp_path / "whole", total_episodes=24))
+    trainer(tmp_path / "run", total_episodes=24, save_steps=1).step(asked, said, scores)
+    other = trainer(tmp_path / "run", total_episodes=24, save_steps=1)
+    with pytest.raises(UserError, match="call `resume` to go on from them, or choose another output_dir"):
+        other.step(asked, said, scores)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -80,6 +89,9 @@ def test_a_loop_of_ones_own_is_resumed(tmp_path):
         ({"completions": [[9, 1], []]}, "row 1: the prompt or the completion is empty"),
         ({"completions": [[9] * 48, [1]]}, r"row 0: .* context of 48"),
         ({"logprobs": [[-1.0], [-1.0]]}, "row 0: 1 logprobs for 2 tokens"),
+        ({"logprobs": [[-1.0, -1.0], [float("nan")]]}, "row 1: a logprob is not a finite number"),
+        ({"completions": [[9, 1], [16]]}, "row 1: a token id lies outside the policy's vocabulary of 16"),
+        ({"prompts": [[-1], [7]]}, "row 0: a token id lies outside the policy's vocabulary of 16"),
     ],
 )
 def test_rows_that_do_not_fit_are_named(tmp_path, change, sentence):

@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from ppo_tools import (
+    config,
     count_t7,
+    critic,
     gradients_of,
     policy,
     prompts,
@@ -22,6 +25,7 @@ from transformers import (
 )
 
 from pipeline.errors import UserError
+from pipeline.gpt import GPTForSequenceClassification
 from pipeline.ppo import algorithm as A
 
 
@@ -29,6 +33,10 @@ from pipeline.ppo import algorithm as A
 def fresh_accelerator():
     """Accelerate keeps one precision a process; the tests want both."""
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def short_critic():
+    return GPTForSequenceClassification(config(num_labels=1, max_position_embeddings=14))
 
 
 def steps_of(optimizer):
@@ -325,6 +333,30 @@ def test_several_rewards_add_up(tmp_path):
     torch.testing.assert_close(one, two + 1.0)
 
 
+def test_a_precision_that_the_process_has_is_followed_or_named(tmp_path):
+    Accelerator(cpu=True, mixed_precision="bf16")
+    assert trainer(tmp_path, mixed_precision="auto").accelerator.mixed_precision == "bf16"
+    with pytest.raises(UserError, match="has set this process to 'bf16', which cannot be 'no' too"):
+        trainer(tmp_path, mixed_precision="no")
+
+
+def test_an_end_token_beyond_the_vocabulary_is_passed_over_or_told(tmp_path, capsys):
+    actor = policy()
+    actor.generation_config.eos_token_id = [50256, 1]
+    assert trainer(tmp_path, models=(actor, critic())).end_tokens == [1]
+    actor.generation_config.eos_token_id = 50256
+    assert trainer(tmp_path, models=(actor, critic())).end_tokens == [50256]
+    assert "warning: the policy's end token 50256 lies beyond its 16 embeddings" in capsys.readouterr().out
+
+
+def test_a_reference_on_the_policys_own_weights_is_refused(tmp_path):
+    actor = policy()
+    other = policy()
+    other.model.layers = actor.model.layers
+    with pytest.raises(UserError, match="the reference shares weights with the policy"):
+        trainer(tmp_path, models=(actor, critic()), reference=other)
+
+
 # --- wrong input ------------------------------------------------------------------------------------------------------
 
 
@@ -342,6 +374,14 @@ def test_several_rewards_add_up(tmp_path):
         ({"critic_warmup_updates": 4}, "critic_warmup_updates 4 leaves no update of 8 episodes"),
         ({"num_ppo_epochs": 0}, "num_ppo_epochs: 0 is too small"),
         ({"rewards": []}, "no reward is given"),
+        ({"rows": iter(prompts())}, "train_dataset is a list_iterator; give a list of rows"),
+        (
+            {"rows": [{"prompt": "t6", "completions": "t7"}]},
+            "the column 'completions' has the name of what rewards are",
+        ),
+        ({"words": tokenizer(17)}, "the tokenizer has 17 entries but the policy has 16 embeddings"),
+        ({"models": (policy(), critic(size=8))}, "the tokenizer has 16 entries but the critic has 8 embeddings"),
+        ({"models": (policy(), short_critic())}, r"row 8: a prompt of 9 tokens and an answer of 6 .* context of 14"),
         ({"models": (policy(), policy())}, "critic must be a sequence classifier"),
     ],
 )

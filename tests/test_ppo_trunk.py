@@ -5,7 +5,7 @@ import torch
 from accelerate.state import AcceleratorState
 from ppo_tools import critic, policy, same, trainer, weights
 from safetensors.torch import load_file
-from test_ppo_trainer import ARMS, BETA, bandit, distribution
+from test_ppo_bandit import ARMS, BETA, bandit, distribution
 
 from pipeline.errors import UserError
 from pipeline.ppo import algorithm as A

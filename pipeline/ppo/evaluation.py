@@ -13,7 +13,7 @@ from pipeline.checkpoint import write_json
 from pipeline.evaluate import distinct_n, win_rate
 from pipeline.ppo import algorithm as A
 from pipeline.ppo.rollout import Rollout, decode_completions, seeded
-from pipeline.rewards import checked
+from pipeline.rewards import checked, standard_deviation
 from reward_data.formats import text_of
 
 if TYPE_CHECKING:
@@ -47,10 +47,12 @@ def evaluate(trainer: "PPOTrainer") -> dict[str, float]:
     count, texts = len(judged), [row.text for row in judged]
     mean = {name: sum(getattr(row, name) for row in judged) / count for name in ("proxy", "kl", "length")}
     without_eos = sum(not row.ended for row in judged) / count
+    # What the penalties are measured in: with normalize_scores, standard deviations of the scores so far
+    unit = standard_deviation(trainer.score_moments) if args.normalize_scores else 1.0
     wins = win_rate([_verdict(row) for row in judged], trainer.baseline)
     metrics = {f"eval/{name}": value for name, value in mean.items()}
     metrics |= {
-        "eval/rlhf_reward": mean["proxy"] - args.missing_eos_penalty * without_eos - args.kl_coef * mean["kl"],
+        "eval/rlhf_reward": mean["proxy"] - unit * (args.missing_eos_penalty * without_eos + args.kl_coef * mean["kl"]),
         "eval/win_rate": wins["mean"],
         "eval/win_rate_low": wins["ci95"][0],
         "eval/win_rate_high": wins["ci95"][1],

@@ -13,7 +13,10 @@ from pipeline.tokenizer import encode
 
 
 class Average:
-    """An exponential moving average of a model's trained weights: avg ← d·avg + (1 − d)·weights."""
+    """An exponential moving average of a model's trained weights: avg ← d·avg + (1 − d)·weights.
+
+    With LoRA the trained weights are the adapter's two factors, and each is averaged by itself.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay

@@ -51,6 +51,7 @@ class Learner:
     policy_optimizer: Any
     critic_optimizer: Any
     kl_coef: float
+    half_done: bool  # an update's optimizer steps were broken off
     average: Average | None
     ptx: PretrainingText | None
 
@@ -61,6 +62,8 @@ class Learner:
         computation as in training: to the bit, the ratio at the first step is 1 and the KL to an equal reference 0.
         """
         args, start = self.args, self._clock()
+        if self._renews(update):
+            copy_weights(self.policy, self.reference_forward.model)
         plan = self.plan(rollout, update, epoch=0)
         clocks = [start]
         with self.accelerator.autocast():
@@ -101,6 +104,7 @@ class Learner:
         """`num_ppo_epochs` × `num_mini_batches` optimizer steps of critic and, after its warm-up, policy."""
         start = self._clock()
         self.policy_moves = update >= self.args.critic_warmup_updates
+        self.half_done = True
         steps = self.steps(rollout, update)
         learn = [self.learn_values, self.learn_policy] if self.policy_moves else [self.learn_values]
         if self.args.share_trunk:
@@ -113,8 +117,9 @@ class Learner:
         if not all(map(math.isfinite, metrics.values())):
             raise UserError(
                 f"ppo: a loss or gradient of update {update + 1} is not a finite number; lower learning_rate or "
-                "critic_learning_rate, and start again from the last checkpoint"
+                "critic_learning_rate and begin anew, in another output_dir if this run's checkpoints are to stay"
             )
+        self.half_done = False
         metrics["time/update"] = self._clock() - start
         return metrics
 
@@ -240,10 +245,11 @@ class Learner:
             log.add({"loss/ptx_avg": loss.detach() * tokens})
 
     def _follow(self, metrics: dict[str, float], update: int) -> None:
-        """Move what follows the policy: β to its target, the average, and the reference where it is to."""
+        """Move what follows the policy: β to its target, and the average."""
         args = self.args
-        # Before the policy has moved its KL is 0, and says nothing about β.
-        if args.adaptive_kl_target is not None and update > args.critic_warmup_updates:
+        # Where policy and reference are still equal, or again, the KL is 0 and says nothing about β
+        equal = update <= args.critic_warmup_updates or self._renews(update)
+        if args.adaptive_kl_target is not None and not equal:
             self.kl_coef = A.adapted_kl_coef(
                 self.kl_coef,
                 metrics["objective/kl"],
@@ -253,8 +259,11 @@ class Learner:
             )
         if self.average:
             self.average.update(self.policy)
-        if args.ref_sync_updates and (update + 1) % args.ref_sync_updates == 0:
-            copy_weights(self.policy, self.reference_forward.model)
+
+    def _renews(self, update: int) -> bool:
+        """Whether the reference becomes the policy as it is before this update: after the evaluation of the last."""
+        every = self.args.ref_sync_updates
+        return bool(every) and update > 0 and update % every == 0
 
     def _too_far(self, approxkl: Tensor) -> bool:
         if self.args.target_kl is None:

@@ -27,10 +27,15 @@ class Prompts:
     """
 
     def __init__(self, rows: Any, tokenizer: Any, response_length: int, context: int | None, name: str) -> None:
+        if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+            raise UserError(f"{name} is a {type(rows).__name__}; give a list of rows or a Dataset that is not streamed")
         if len(rows) == 0:
             raise UserError(f"{name} has no rows; give it at least one prompt")
         if "prompt" not in rows[0]:
             raise UserError(f"{name} has no column 'prompt' but {', '.join(map(repr, rows[0]))}; rename the column")
+        for column in ("prompts", "completions"):
+            if column in rows[0]:
+                raise UserError(f"{name}: the column {column!r} has the name of what rewards are given; rename it")
         self.rows = rows
         self.ids = prompt_ids(tokenizer, [row["prompt"] for row in rows])
         for i, ids in enumerate(self.ids):
@@ -172,7 +177,7 @@ def as_ids(rows: Sequence[Any], tokenizer: Any, end_token: int | None = None) ->
 
 def check_rows(
     prompts: list[list[int]], completions: list[list[int]], scores: list[float], logprobs: list[Any] | None,
-    expected: int, context: int | None,
+    expected: int, context: int | None, vocabulary: int,
 ) -> None:  # fmt: skip
     """Raise UserError for rows that `PPOTrainer.step` cannot learn from."""
     given = {"prompts": prompts, "completions": completions, "scores": scores}
@@ -187,12 +192,16 @@ def check_rows(
                 f"step, row {i}: a prompt of {len(prompt)} tokens and a completion of {len(completion)} do not fit the "
                 f"model's context of {context}; shorten them"
             )
+        if not 0 <= min(*prompt, *completion) <= max(*prompt, *completion) < vocabulary:
+            raise UserError(f"step, row {i}: a token id lies outside the policy's vocabulary of {vocabulary}")
         if not math.isfinite(scores[i]):
             raise UserError(f"step, row {i}: the score is {scores[i]}; give a finite number")
         if logprobs is not None and len(logprobs[i]) != len(completion):
             raise UserError(
                 f"step, row {i}: {len(logprobs[i])} logprobs for {len(completion)} tokens of completion; give one each"
             )
+        if logprobs is not None and not all(math.isfinite(value) for value in logprobs[i]):
+            raise UserError(f"step, row {i}: a logprob is not a finite number; give those of the tokens as sampled")
 
 
 def plan_epoch(lengths: Tensor, num_mini_batches: int, micro_batch_size: int, generator: torch.Generator) -> Plan:

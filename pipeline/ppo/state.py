@@ -6,6 +6,7 @@ NumPy's and torch's global generators are kept all the same, for rewards that dr
 """
 
 import random
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,18 +16,19 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
-from pipeline.checkpoint import save_checkpoint
+from pipeline.checkpoint import latest_checkpoint, save_checkpoint
 from pipeline.errors import UserError
-from pipeline.models import is_lora, trained_weights
+from pipeline.models import is_lora, save_whole, trained_weights
+from pipeline.ppo_config import PPOConfig
 
 if TYPE_CHECKING:
     from pipeline.ppo.trainer import PPOTrainer
 
-COUNTERS = ("updates_done", "tokens", "seconds", "metrics", "kl_coef", "best", "baseline", "watched", "score_moments")
-# What must not change between the parts of one run, or its result would be of neither.
-FIXED = ("seed", "total_episodes", "batch_size", "num_mini_batches", "num_ppo_epochs", "per_device_train_batch_size",
-         "num_generations", "response_length", "temperature", "ref_sync_updates",
-         "ema_decay", "adaptive_kl_target", "share_trunk")  # fmt: skip
+COUNTERS = ("updates_done", "evaluated", "tokens", "seconds", "metrics", "kl_coef", "best", "baseline", "watched",
+            "score_moments")  # fmt: skip
+# What may change between the parts of one run; of anything else, its result would be of neither.
+FREE = ("output_dir", "gradient_checkpointing", "per_device_train_batch_size", "logging_steps", "eval_steps",
+        "save_steps")  # fmt: skip
 
 
 def save_state(trainer: "PPOTrainer") -> None:
@@ -46,7 +48,7 @@ def save_state(trainer: "PPOTrainer") -> None:
             "identity": _identity(trainer),
             "random": random_states,
         }
-        torch.save(state, folder / "state.pt")
+        torch.save(_plain(state), folder / "state.pt")
 
     if trainer.is_main:
         save_checkpoint(trainer.checkpoints, trainer.updates_done, write)
@@ -58,13 +60,19 @@ def load_state(trainer: "PPOTrainer", folder: Path) -> None:
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     now = _identity(trainer)
     for name, then in state["identity"].items():
-        if now[name] != then:
+        if name in now and now[name] != then:
             raise UserError(
                 f"checkpoint {folder} was written with {name} {then}, now it is {now[name]}; "
                 "set it back, or remove the checkpoints to start anew"
             )
-    _load_weights(trainer.policy, folder / "policy.safetensors")
-    _load_weights(trainer.critic, folder / "critic.safetensors")
+    try:
+        _load_weights(trainer.policy, folder / "policy.safetensors")
+        _load_weights(trainer.critic, folder / "critic.safetensors")
+    except (RuntimeError, KeyError) as error:
+        raise UserError(
+            f"checkpoint {folder} is of other models: {' '.join(str(error).split())[:200]}; give the models that the "
+            "run began with, or remove the checkpoints to start anew"
+        ) from None
     trainer.policy_optimizer.load_state_dict(state["policy_optimizer"])
     if not trainer.args.share_trunk:
         trainer.critic_optimizer.load_state_dict(state["critic_optimizer"])
@@ -77,10 +85,55 @@ def load_state(trainer: "PPOTrainer", folder: Path) -> None:
     _set_random_state(state["random"][trainer.rank])
 
 
+def check_start(trainer: "PPOTrainer") -> None:
+    """Raise UserError for a trainer that must take no update: half of one is in it, or another run's checkpoints are
+    where its own would go."""
+    if trainer.half_done:
+        raise UserError(
+            f"update {trainer.updates_done + 1} was broken off between two optimizer steps; build models and trainer "
+            "anew: `train` goes on from the last checkpoint"
+        )
+    new = trainer.updates_done == 0 and not trainer.resumed
+    if new and trainer.args.save_steps and latest_checkpoint(trainer.checkpoints, lambda sentence: None):
+        raise UserError(
+            f"{trainer.checkpoints} has checkpoints of a run; call `resume` to go on from them, or choose another "
+            "output_dir"
+        )
+
+
+def save_models(trainer: "PPOTrainer", folder: Path) -> None:
+    """What PPOTrainer.save_model says, by one process."""
+    models = {folder: trainer.policy}
+    if not trainer.args.share_trunk:
+        models[folder / "critic"] = trainer.critic
+    if trainer.is_main:
+        for place, model in models.items():
+            save_whole(model, place)
+            trainer.tokenizer.save_pretrained(place)
+        if trainer.args.share_trunk:
+            save_file(dict(trainer.critic.state_dict()), folder / "value_head.safetensors")
+        if trainer.average:
+            with trainer.average.inside(trainer.policy):
+                save_whole(trainer.policy, folder / "ema")
+            trainer.tokenizer.save_pretrained(folder / "ema")
+    trainer.accelerator.wait_for_everyone()
+
+
 def _identity(trainer: "PPOTrainer") -> dict[str, Any]:
-    fixed = {name: getattr(trainer.args, name) for name in FIXED}
+    fixed = {f.name: getattr(trainer.args, f.name) for f in fields(PPOConfig) if f.name not in FREE}
+    held_out = len(trainer.eval_prompts) if trainer.eval_prompts is not None else 0
     lora = {"lora": _lora_of(trainer.policy), "critic's lora": _lora_of(trainer.critic)}
-    return {**fixed, **lora, "processes": trainer.world, "prompts": len(trainer.prompts)}
+    counts = {"processes": trainer.world, "prompts": len(trainer.prompts), "held-out prompts": held_out}
+    return _plain({**fixed, **lora, **counts})
+
+
+def _plain(value: Any) -> Any:
+    """The same with Python's numbers for NumPy's, which a checkpoint that is safe to open cannot hold."""
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _save_weights(model: nn.Module, file: Path) -> None:

@@ -20,13 +20,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.checkpoint import latest_checkpoint
 from pipeline.cpu import keep_freed_memory
 from pipeline.errors import UserError
-from pipeline.models import is_lora, save_whole
+from pipeline.models import is_lora, without_wrapper
 from pipeline.ppo import algorithm as A
 from pipeline.ppo.evaluation import evaluate, keep_best
 from pipeline.ppo.extras import Average, PretrainingText
@@ -48,13 +47,19 @@ from pipeline.ppo.rollout import (
     rollout_of,
     seeded,
 )
-from pipeline.ppo.setup import build_accelerator, build_optimizer, check_config, combine_rewards
-from pipeline.ppo.state import load_state, save_state
+from pipeline.ppo.setup import (
+    build_accelerator,
+    build_optimizer,
+    check_config,
+    check_models,
+    combine_rewards,
+    end_tokens_of,
+)
+from pipeline.ppo.state import check_start, load_state, save_models, save_state
 from pipeline.ppo.watch import watch_evaluation, watch_update
 from pipeline.ppo_config import PPOConfig
 from pipeline.rewards import RewardFunction, add_to_moments, scale_scores
 from pipeline.sampler import Samples, generate
-from pipeline.tokenizer import stop_ids
 
 Callback = Callable[["PPOTrainer", dict[str, float]], None]
 # First number of the seed, so that no two uses draw the same; others have 1 (rollout.py), 3, 5 (learner.py) and 4
@@ -107,27 +112,33 @@ class PPOTrainer(Learner):
         if self.device.type == "cpu":
             keep_freed_memory()
 
-        self.tokenizer, self.end_tokens = processing_class, stop_ids(policy, processing_class)
+        self.tokenizer = processing_class
+        self.end_tokens, warning = end_tokens_of(policy, processing_class)
+        if warning:
+            self.say(f"warning: {warning}")
         self.pad_token = processing_class.pad_token_id if processing_class.pad_token_id is not None else 0
-        self.context = context = getattr(policy.config, "max_position_embeddings", None)
+        if (critic is None) != args.share_trunk:
+            raise UserError("pass a critic, or set share_trunk for a head on the policy's own trunk: one of the two")
+        self.context = context = check_models(args, policy, reference, critic, processing_class)
         self.prompts = Prompts(train_dataset, self.tokenizer, args.response_length, context, "train_dataset")
         self.eval_prompts = None
         if eval_dataset is not None:
             self.eval_prompts = Prompts(eval_dataset, self.tokenizer, args.response_length, context, "eval_dataset")
         self.rewards = combine_rewards(rewards)
+        if args.eval_steps and eval_dataset is None:
+            raise UserError("eval_steps is set but eval_dataset is missing; give held-out prompts, or set it to 0")
         if args.best_metric == "gold" and args.eval_steps and gold is None:
             raise UserError("best_metric is gold but there is no gold judge; give one, or choose another figure")
-        self.ptx = PretrainingText(ptx_dataset, self.tokenizer, args.ptx_max_length) if args.ptx_coef else None
+        self.ptx = None
+        if args.ptx_coef:
+            longest = args.ptx_max_length if context is None else min(args.ptx_max_length, context - 1)
+            self.ptx = PretrainingText(ptx_dataset, self.tokenizer, longest)
 
-        if (critic is None) != args.share_trunk:
-            raise UserError("pass a critic, or set share_trunk for a head on the policy's own trunk: one of the two")
         self.policy = policy.to(self.device)
         self.critic = (critic if critic is not None else value_head(policy)).to(self.device)
         if reference is not None and reference is not policy:
             self.reference_forward = TokenLogprobs(reference.to(self.device).requires_grad_(False), args.temperature)
         elif is_lora(policy):
-            if args.ref_sync_updates:
-                raise UserError("ref_sync_updates: a policy with LoRA needs a reference of its own for it; pass one")
             self.reference_forward = ReferenceLogprobs(self.policy, args.temperature)
         else:
             self.reference_forward = TokenLogprobs(copy.deepcopy(policy).requires_grad_(False), args.temperature)
@@ -157,6 +168,8 @@ class PPOTrainer(Learner):
 
         self.total_updates = math.ceil(args.total_episodes / args.batch_size)
         self.updates_done, self.tokens, self.seconds = 0, 0, 0.0
+        self.evaluated: int | None = None  # updates done at the last held-out evaluation
+        self.half_done, self.resumed = False, False
         self.metrics: dict[str, float] = {}  # of the last update
         self.kl_coef = args.kl_coef  # β, which adaptive_kl_target moves
         self.average = Average(self.policy, args.ema_decay) if args.ema_decay is not None else None
@@ -170,8 +183,7 @@ class PPOTrainer(Learner):
     def train(self) -> dict[str, float]:
         """Run the updates that are left, from the newest checkpoint if there is one; returns the final metrics."""
         self.resume()
-        if self.updates_done == 0:
-            self.evaluate_if_due()
+        self._begin()
         with self._progress() as advance:
             for update in range(self.updates_done, self.total_updates):
                 start = time.perf_counter()
@@ -201,13 +213,18 @@ class PPOTrainer(Learner):
             raise UserError("step: sampler_weight_cap is set; pass the sampler's logprobs, or set it to none")
         asked, said = as_ids(prompts, self.tokenizer), as_ids(completions, self.tokenizer, self.end_tokens[0])
         scores = [float(score) for score in scores]
-        check_rows(asked, said, scores, logprobs, self.args.batch_size // self.world, self.context)
-        if self.updates_done == 0:
-            self.evaluate_if_due()
+        vocabulary = without_wrapper(self.policy).get_input_embeddings().num_embeddings
+        check_rows(asked, said, scores, logprobs, self.args.batch_size // self.world, self.context, vocabulary)
+        self._begin()
         start = time.perf_counter()
         rollout = rollout_of(asked, said, scores, self.end_tokens, self.pad_token, logprobs, self.device)
         rollout.scores, metrics = self.shape_scores(rollout.scores, rollout.ended)
         return self.learn(rollout, metrics | {"time/sample": 0.0, "time/score": 0.0}, start)
+
+    def _begin(self) -> None:
+        """What stands before updates: nothing half done, no other run's checkpoints, an evaluation that is due."""
+        check_start(self)
+        self.evaluate_if_due()
 
     def learn(self, rollout: Rollout, metrics: dict[str, float], start: float) -> dict[str, float]:
         """One update from scored answers, and what follows it; `metrics` are those of sampling, begun at `start`."""
@@ -307,10 +324,14 @@ class PPOTrainer(Learner):
         if due or warnings:
             self.log(metrics | ({"warning": " ".join(warnings)} if warnings else {}))
         for sentence in warnings:
-            if self.stage:
-                self.stage.say(f"warning: {sentence}")
-            elif self.is_main:
-                print(f"warning: {sentence}", flush=True)
+            self.say(f"warning: {sentence}")
+
+    def say(self, sentence: str) -> None:
+        """A sentence on the screen, by one process."""
+        if self.stage:
+            self.stage.say(sentence)
+        elif self.is_main:
+            print(sentence, flush=True)
 
     def log(self, metrics: dict[str, Any]) -> None:
         """One line of metrics under the number of updates and episodes so far."""
@@ -329,11 +350,11 @@ class PPOTrainer(Learner):
         return {"episodes": episodes, "episodes_per_s": episodes / max(self.seconds, 1e-9), **last}
 
     def evaluate_if_due(self) -> None:
-        """Log an evaluation before the first update, every `eval_steps` updates and after the last."""
+        """Log an evaluation before the first update, every `eval_steps` updates and after the last, each once."""
         due = self.args.eval_steps and (
             self.updates_done % self.args.eval_steps == 0 or self.updates_done == self.total_updates
         )
-        if due and self.eval_prompts is not None:
+        if due and self.evaluated != self.updates_done:
             try:
                 metrics = self.evaluate()
             except UserError:  # a reward or judge that failed; with more processes not all of them are here
@@ -342,6 +363,7 @@ class PPOTrainer(Learner):
                 raise
             self._log_with(watch_evaluation(self.watched, metrics), metrics)
             keep_best(self, metrics)
+            self.evaluated = self.updates_done
 
     def evaluate(self) -> dict[str, float]:
         """Figures of the policy on the held-out prompts, with the same random numbers each time (evaluation.py)."""
@@ -361,19 +383,7 @@ class PPOTrainer(Learner):
         The average of `args.ema_decay` goes into the subfolder `ema`, a model folder as well. LoRA is merged into the
         weights, so that each folder opens without peft; the adapter alone is in its subfolder `adapter`.
         """
-        if self.is_main:
-            save_whole(self.policy, folder)
-            self.tokenizer.save_pretrained(folder)
-            if self.args.share_trunk:
-                save_file(dict(self.critic.state_dict()), Path(folder) / "value_head.safetensors")
-            else:
-                save_whole(self.critic, Path(folder) / "critic")
-                self.tokenizer.save_pretrained(Path(folder) / "critic")
-            if self.average:
-                with self.average.inside(self.policy):
-                    save_whole(self.policy, Path(folder) / "ema")
-                self.tokenizer.save_pretrained(Path(folder) / "ema")
-        self.accelerator.wait_for_everyone()
+        save_models(self, Path(folder))
 
     @property
     def checkpoints(self) -> Path:
@@ -389,4 +399,7 @@ class PPOTrainer(Learner):
         point = self.stage.resume_from if self.stage else latest_checkpoint(self.checkpoints)
         if point is not None and self.updates_done == 0:
             load_state(self, point)
+            if not self.stage:  # it has said so
+                self.say(f"going on from {point}: {self.updates_done} of {self.total_updates} updates are done")
+        self.resumed = True
         return self.updates_done
