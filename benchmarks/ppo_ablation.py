@@ -44,6 +44,13 @@ CHANGES: dict[str, list[str]] = {
     "entropy bonus 0.01": ["--entropy_coef", "0.01"],
     "whitened rewards": ["--whiten_rewards", "True"],
     "4 answers a prompt": ["--num_generations", "4"],
+    "dual clip 3": ["--dual_clip", "3"],
+    "KL early stop at 0.01": ["--target_kl", "0.01"],
+    "β steered to a KL of 4": ["--adaptive_kl_target", "4"],
+    "reference renewed every 8": ["--ref_sync_updates", "8"],
+    "pretraining text": ["--ptx_coef", "1", "--ptx_dataset", "stories"],
+    "importance weights up to 2": ["--sampler_weight_cap", "2"],
+    "normalised scores": ["--normalize_scores", "True"],
 }
 CURVES = (BASE, "no KL penalty")  # looked at every few updates
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
