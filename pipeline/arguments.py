@@ -158,7 +158,7 @@ class SFTArguments(TrainingFields):
     validation_size: int = 500
     """Held-out rows for eval_loss."""
     max_length: int = 128
-    """Tokens of prompt and answer; longer rows are cut at the end."""
+    """Tokens of prompt and answer; longer rows are cut at the end, and left out where nothing of the answer remains."""
 
 
 @dataclass

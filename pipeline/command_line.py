@@ -9,16 +9,19 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import math
 import sys
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import tyro
 import yaml
 
 from pipeline.arguments import RunArguments
 from pipeline.errors import UserError
+from pipeline.ppo_config import PPOConfig
 
+RANGES = {"seed": (0, 2**32), "adam_beta1": (0, 1), "adam_beta2": (0, 1), "weight_decay": (0, math.inf)}
 ArgumentsT = TypeVar("ArgumentsT", bound=RunArguments)
 
 
@@ -36,7 +39,7 @@ def parse(kind: type[ArgumentsT], argv: list[str] | None = None) -> ArgumentsT:
     items = [(config_file, *item) for item in _yaml_items(config_file, names)] if config_file else []
     items += [("the command line", *item) for item in _command_line_items(rest, names)]
     # One item a field, the last one wins; tyro then converts text to the field's type.
-    last = {name: (where, name, words) for where, name, words in items}
+    last = {name: (where, name, [_word(kind, name, word) for word in words]) for where, name, words in items}
     values = [word for _, name, words in last.values() for word in (f"--{name}", *words)]
     try:
         args = _quiet_cli(kind, values)
@@ -57,13 +60,21 @@ def resolve(args: ArgumentsT) -> ArgumentsT:
             value = [v.replace("{run_dir}", args.run_dir) if isinstance(v, str) else v for v in value]
         setattr(args, f.name, value)
         counts = ("_steps", "_size", "_bytes", "batch_size", "num_", "max_new_tokens", "max_length")
-        may_be_zero = ("warmup", "validation", "test_", "eval_", "dataset_size")
+        may_be_zero = ("warmup", "validation", "test_", "eval_size", "dataset_size")
+        if isinstance(args, PPOConfig):  # 0: none
+            may_be_zero += ("eval_steps", "save_steps", "ref_sync")
         least = 0 if any(z in f.name for z in may_be_zero) else 1
         if type(value) is int and value < least and any(c in f.name for c in counts):
             raise UserError(f"{f.name}: {value} is too small; give a whole number from {least} up")
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name, None)
+        if value is not None and not low <= value < high:
+            raise UserError(f"{name}: {value} must be from {low:g} to below {high:g}")
     rate = getattr(args, "learning_rate", 1.0)
     if not rate > 0:
         raise UserError(f"learning_rate: {rate} must be above 0")
+    if getattr(args, "head_dim", 2) % 2:
+        raise UserError(f"head_dim: {args.head_dim} must be even, as rotary positions turn pairs of numbers")
     return args
 
 
@@ -114,7 +125,7 @@ def _yaml_items(file: str, names: list[str]) -> list[tuple[str, list[str]]]:
         _check_name(file, str(key), names)
         if isinstance(value, dict):
             raise UserError(f"{file}: {key}: a value or a list is needed, not a mapping")
-        items.append((str(key), [str(v) for v in value] if isinstance(value, list) else [str(value)]))
+        items.append((str(key), [str(v) for v in (value if isinstance(value, list) else [value])]))
     return items
 
 
@@ -131,6 +142,16 @@ def _command_line_items(words: list[str], names: list[str]) -> list[tuple[str, l
         else:
             items[-1][1].append(word)
     return items
+
+
+def _word(kind: type, name: str, word: str) -> str:
+    """YAML's true, false, none and null as Python's, where the field takes such a value and not the word itself."""
+    expected = get_type_hints(kind)[name]
+    options = get_args(expected) or (expected,)
+    if word in options:
+        return word
+    meant = {"true": bool, "false": bool, "none": type(None), "null": type(None)}.get(word.lower())
+    return {"null": "None"}.get(word.lower(), word.capitalize()) if meant in options else word
 
 
 def _check_name(where: str, name: str, names: list[str]) -> None:

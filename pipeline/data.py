@@ -177,6 +177,8 @@ def _load(kind: formats.Kind, dataset: str, split: Split, seed: int, size: int |
         return Dataset.from_list(rows[:size])
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise UserError(f"dataset: {dataset} mixes types within a column: {one_line(error)}") from None
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise UserError(f"dataset: {dataset} has a value in a column that cannot be kept: {one_line(error)}") from None
 
 
 def _generate(name: str, function: str, **arguments: Any) -> Iterable[Any]:

@@ -166,6 +166,7 @@ def attach(trainer: Trainer, callback: StageCallback) -> None:
 
 def train(trainer: Trainer, stage: Stage) -> None:
     """Train to the end, from the stage's checkpoint where there is one."""
+    stage.begin()
     try:
         trainer.train(resume_from_checkpoint=str(stage.resume_from) if stage.resume_from else None)
     finally:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -22,8 +23,14 @@ from pipeline.tokenizer import check_fits
 
 
 def load_policy(path: str, device: torch.device | str | None = None) -> PreTrainedModel:
-    """A causal language model from a folder or the hub; an adapter is merged into its base."""
-    return _load(path, GPTForCausalLM, AutoModelForCausalLM, device)[0]
+    """A causal language model from a folder or the hub; an adapter is merged into its base.
+
+    Raises UserError where weights are missing, which transformers would draw at random.
+    """
+    model, info = _load(path, GPTForCausalLM, AutoModelForCausalLM, device)
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{path} lacks weights of its language model ({_some(missing)}); give a complete folder")
+    return model
 
 
 def load_reward(path: str, device: torch.device | str | None = None, trained: bool = True) -> PreTrainedModel:
@@ -33,10 +40,17 @@ def load_reward(path: str, device: torch.device | str | None = None, trained: bo
     """
     kinds = GPTForSequenceClassification, AutoModelForSequenceClassification
     model, info = _load(path, *kinds, device, num_labels=1)
-    if trained and info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise UserError(f"{path} is no trained reward model: it has no weights for {missing}; train one on it first")
+    missing = sorted(info["missing_keys"])
+    if trained and missing:
+        some = _some(missing)
+        raise UserError(f"{path} is no trained reward model: it has no weights for {some}; train one on it first")
+    if trunk := [name for name in missing if not name.startswith("score.")]:
+        raise UserError(f"{path} lacks weights ({_some(trunk)}); give a complete folder")
     return model
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def load_critic(path: str, device: torch.device | str | None = None) -> PreTrainedModel:
@@ -144,7 +158,7 @@ def _load(
         config = AutoConfig.from_pretrained(path)
         kind = ours if config.model_type == "qwen3" else stock
         model, info = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **kwargs)
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a head of another size
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: a head of another size
         raise UserError(f"no model can be opened from {path}: {' '.join(str(error).split())[:300]}") from None
     return (model.to(device) if device is not None else model).eval(), info
 

@@ -52,7 +52,7 @@ class PPOConfig:
     adaptive_kl_horizon: int = 10_000
     """Episodes over which an adaptive β changes by at most a fifth; only with adaptive_kl_target."""
     ref_sync_updates: int = 0
-    """Updates after which the reference becomes a copy of the policy, again and again; 0: never."""
+    """Updates after which the reference becomes a copy of the policy, again and again; 0: never. Not with LoRA."""
     whiten_rewards: bool = False
     """Scale the tokens' rewards, KL penalty included, to a standard deviation of 1 around their mean, as TRL does
     (harmful in arXiv 2403.17031)."""

@@ -140,7 +140,7 @@ def checked(
         values = function(prompts, completions, **columns)
     except UserError:
         raise  # a member of an ensemble, which has named its row
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         row = _first_failing_row(function, prompts, completions, columns)
         where = "the whole batch, no single row alone" if row is None else _row(row, prompts, completions)
         raise UserError(f"reward {name} raised {type(error).__name__}: {error}, on {where}; mend the reward") from error
@@ -246,6 +246,8 @@ def load_function(name: str) -> RewardFunction:
         found = getattr(importlib.import_module(module), function, None)
     except ImportError as error:
         raise UserError(f"reward {name}: importing {module} failed ({error}); check the spelling") from error
+    except (Exception, SystemExit) as error:  # any at all: the module is the user's
+        raise UserError(f"reward {name}: importing {module} failed ({type(error).__name__}: {error})") from error
     if not callable(found):
         raise UserError(f"reward {name}: the module {module} has no function {function}")
     return found
@@ -257,7 +259,7 @@ def _first_failing_row(
     for i in range(len(prompts)):
         try:
             function([prompts[i]], [completions[i]], **{name: [column[i]] for name, column in columns.items()})
-        except Exception:  # any at all: the function is the user's; the caller reports what it raised
+        except (Exception, SystemExit):  # any at all: the function is the user's; the caller reports what it raised
             return i
     return None
 

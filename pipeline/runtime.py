@@ -32,6 +32,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 
 from pipeline.arguments import StageArguments
 from pipeline.checkpoint import latest_checkpoint, sha256_of, step_of, write_json
@@ -45,6 +46,7 @@ __all__ = ["Stage", "UserError", "bf16_in_hardware", "run", "use_bf16"]
 console = Console(highlight=False)
 # Fields that change what is shown or kept but not what is computed: a run goes on from its checkpoint all the same.
 COSMETIC_FIELDS = {"logging_steps", "save_steps", "run_dir", "output_dir", "preset"}
+LEFT_BY_PPO = ("best", "ema", "adapter", "critic", "value_head.safetensors")  # what not every run writes again
 MIN_FREE_BYTES = 300_000_000
 HASHED_WHOLE = 4 * 2**30  # bytes
 UNITS = {"grad_norm": "grad {:.3g}", "tokens_per_s": "{:,.0f} tok/s", "mfu": "{:.0%} of peak", "memory_mb": "{:,} MB"}
@@ -62,8 +64,10 @@ def run(main: Callable[[ArgumentsT], None], kind: type[ArgumentsT]) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         _exit(f"{error.strerror}: {error.filename or 'the output folder'}; nothing more was written")
+    except SafetensorError as error:
+        _exit(f"weights cannot be read or written ({error}); is a file cut off, or the disk full?")
     except KeyboardInterrupt:
-        _exit("stopped; the same command goes on from the last checkpoint", code=130)
+        _exit("stopped; the same command goes on from the last checkpoint, if there is one", code=130)
     leave()
 
 
@@ -130,6 +134,7 @@ class Stage:
         named = {key: path for key, path in inputs.items() if path and path not in GENERATORS}
         self.inputs = {key: _fingerprint(name, key, path, args) for key, path in named.items()}
         _check_writable(self.output_dir)
+        self._new: tuple[dict[str, Any], bool, bool] | None = None  # of a run that starts anew, until it has begun
         self.resume_from = self._resume_point()
         if not torch.cuda.is_available():
             keep_freed_memory()
@@ -164,12 +169,23 @@ class Stage:
     # --- resume ---------------------------------------------------------------------------------------------------
 
     def _resume_point(self) -> Path | None:
-        """The checkpoint to go on from. One of other settings or inputs is removed; a finished run starts anew."""
-        config = {k: v for k, v in dataclasses.asdict(self.args).items() if k not in COSMETIC_FIELDS}
+        """The checkpoint to go on from; None where there is none of these settings and inputs, or the run is finished.
+
+        What then has to go is removed by `begin`, when everything has been checked. Raises UserError for a folder
+        that holds somebody else's `checkpoints` or `metrics.jsonl`.
+        """
+        config = {k: self._without_run_dir(v) for k, v in dataclasses.asdict(self.args).items()
+                  if k not in COSMETIC_FIELDS}  # fmt: skip
         world = int(os.environ.get("WORLD_SIZE", "1"))
         identity = {"config": config, "inputs": {k: v["sha256"] for k, v in self.inputs.items()}, "processes": world}
         identity_file = self.checkpoints / "identity.json"
         finished = (self.output_dir / "stage.json").exists()
+        there = any(self.checkpoints.glob("*")) or self._metrics_file.exists()
+        if there and not finished and not identity_file.exists():
+            raise UserError(
+                f"{self.output_dir} has checkpoints or a metrics.jsonl that no stage wrote, and {self.name} would "
+                "remove them; choose another output_dir"
+            )
         same = identity_file.exists() and json.loads(identity_file.read_text(encoding="utf-8")) == identity
         point = latest_checkpoint(self.checkpoints, self.say) if same and not finished else None
         if world > 1:  # every process has read the folder before the main one changes it
@@ -179,17 +195,37 @@ class Stage:
         if not self.is_main:
             return point
         if point is None:
-            if identity_file.exists() and not finished and not same and any(self.checkpoints.glob("*-*")):
-                self.say("the settings or inputs changed since the last checkpoint: starting from the beginning")
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
-            self.checkpoints.mkdir(parents=True)
-            write_json(identity_file, identity)
-            (self.output_dir / "stage.json").unlink(missing_ok=True)
-            self._metrics_file.write_text("", encoding="utf-8")
+            changed = identity_file.exists() and not finished and not same and any(self.checkpoints.glob("*-*"))
+            self._new = identity, changed, finished or identity_file.exists()
         else:
             self.say(f"going on from {point}")
             self._drop_metrics_after(step_of(point))
         return point
+
+    def begin(self) -> None:
+        """Make room for a run that starts anew: what an earlier one left goes now, not before all checks have passed.
+
+        To be called before a stage writes anything; further calls do nothing.
+        """
+        if self._new is None:
+            return
+        (identity, changed, ours), self._new = self._new, None
+        if changed:
+            self.say("the settings or inputs changed since the last checkpoint: starting from the beginning")
+        (self.output_dir / "stage.json").unlink(missing_ok=True)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        self.checkpoints.mkdir(parents=True)
+        write_json(self.checkpoints / "identity.json", identity)
+        self._metrics_file.write_text("", encoding="utf-8")
+        for name in LEFT_BY_PPO if ours else ():
+            shutil.rmtree(self.output_dir / name, ignore_errors=True)
+            (self.output_dir / name).unlink(missing_ok=True)
+
+    def _without_run_dir(self, value: Any) -> Any:
+        """A setting as it is after the run's folder has been renamed."""
+        if isinstance(value, list):
+            return [self._without_run_dir(part) for part in value]
+        return value.replace(self.args.run_dir, "{run_dir}") if isinstance(value, str) else value
 
     @property
     def _metrics_file(self) -> Path:
@@ -223,6 +259,7 @@ class Stage:
         """Append one object to metrics.jsonl and print it as a readable line; main process only."""
         if not self.is_main:
             return
+        self.begin()
         row = {**metrics, "time": round(self.seconds, 2)}
         with self._metrics_file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
@@ -270,6 +307,7 @@ class Stage:
         """Write stage.json, last of all: it marks the folder as complete."""
         if not self.is_main:
             return
+        self.begin()
         record = {
             "stage": self.name,
             "preset": self.args.preset,

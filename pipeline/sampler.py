@@ -49,7 +49,7 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
+        if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
             raise UserError(
                 f"{self} is not a way to sample: temperature and top_k must be at least 0, top_p in (0, 1], "
                 "min_p in [0, 1]"

@@ -10,6 +10,7 @@ import difflib
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -142,7 +143,7 @@ def _lines(path: Path) -> Iterator[str]:
     except UnicodeDecodeError as error:
         where = f"line {number}, byte {start + error.start}"
         raise UserError(f"dataset: {path} is not UTF-8 text ({where}); save it as UTF-8") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"dataset: {path} cannot be read: {one_line(error)}") from None
 
 

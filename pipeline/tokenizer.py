@@ -103,6 +103,9 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"no tokenizer can be opened from {path}: {' '.join(str(error).split())[:200]}") from None
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+        # What transformers makes of a config.json alone: it would turn every text into nothing
+        raise UserError(f"{path} has no tokenizer (no tokenizer.json); save it beside the model, or give its folder")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         # GPT-2, Llama, Pythia come without a pad token: a token of their own keeps masks and values right.
         spare = next((t for t in (PAD, "<|finetune_right_pad_id|>", "<|padding|>") if t in tokenizer.get_vocab()), None)
@@ -118,6 +121,15 @@ def check_fits(tokenizer: PreTrainedTokenizerFast, vocab_size: int, what: str) -
         raise UserError(
             f"the tokenizer has {len(tokenizer)} entries but {what} has {vocab_size} embeddings; "
             "use the tokenizer that the model was trained with"
+        )
+
+
+def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Refuse conversations for a tokenizer that has no chat template."""
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "the prompts are conversations, but the tokenizer has no chat template; give prompts as text, or a "
+            "tokenizer with one"
         )
 
 
@@ -138,6 +150,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompts: list) -> list[list[i
     """
     if not prompts or isinstance(prompts[0], str):
         return encode(tokenizer, prompts)
+    check_template(tokenizer)
     texts = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=False)
     return encode(tokenizer, texts, add_special_tokens=False)
 

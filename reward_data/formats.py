@@ -72,6 +72,15 @@ def text_field(row: Row, name: str, *, empty_ok: bool = False) -> str:
         raise ValueError(f"field '{name}' should be text, but is {type(value).__name__}")
     if not value.strip() and not empty_ok:
         raise ValueError(f"field '{name}' is empty")
+    return whole_text(value, name)
+
+
+def whole_text(value: str, name: str) -> str:
+    """The text, if UTF-8 can hold it. Raises ValueError for half an emoji, as cut-off JSON escapes leave one."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"field '{name}' has half a character ({value[error.start]!r}); mend or drop it") from None
     return value
 
 
@@ -86,11 +95,11 @@ def messages_field(row: Row, name: str) -> list[Message]:
         if not isinstance(turn, dict):
             raise ValueError(f"field '{name}' should hold messages with role and content")
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"field '{name}' has the role {role!r}; known are {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise ValueError(f"field '{name}' has a message of {role} without text")
-        messages.append({"role": ROLES[role], "content": content})
+        messages.append({"role": ROLES[role], "content": whole_text(content, name)})
     return messages
 
 
@@ -105,6 +114,11 @@ def assistant(content: str) -> list[Message]:
 def text_of(answer: str | list[Message]) -> str:
     """The bare text of a prompt or answer: itself, or the contents of its messages."""
     return answer if isinstance(answer, str) else "\n".join(message["content"] for message in answer)
+
+
+def answer_to(prompt: str | list[Message], text: str) -> str | list[Message]:
+    """A sampled text in the form of its prompt: text, or one message of the assistant."""
+    return text if isinstance(prompt, str) else assistant(text)
 
 
 def pair(prompt: str | list[Message], chosen: str | list[Message], rejected: str | list[Message]) -> Row:
@@ -186,7 +200,8 @@ def from_llmbar(row: Row) -> Row:
 def from_tldr_comparison(row: Row) -> Row:
     """OpenAI's summarize_from_feedback: a post in `info`, two `summaries`, the index of the better in `choice`."""
     info, summaries, choice = row.get("info"), row.get("summaries"), row.get("choice")
-    if not isinstance(info, dict) or not isinstance(summaries, list) or len(summaries) != 2 or choice not in (0, 1):
+    two = isinstance(summaries, list) and len(summaries) == 2 and all(isinstance(part, dict) for part in summaries)
+    if not isinstance(info, dict) or not two or choice not in (0, 1):
         raise ValueError("fields 'info', 'summaries' and 'choice' should hold a post, two summaries and 0 or 1")
     post = info.get("post") or info.get("article") or ""
     heading = "".join(f"{name.upper()}: {info[name]}\n\n" for name in ("subreddit", "title") if info.get(name))
@@ -240,6 +255,8 @@ def _format(name: str, needs: str, gives: str, convert: Callable[[Row], Row], al
     needed = frozenset(needs.split())
     return Format(name, needed, frozenset(gives.split()), convert, needed | frozenset(also.split()), **options)
 
+
+ASKING = {"prompt", "instruction", "input", "conversations", "messages", "info"}  # columns that a prompt is made from
 
 # The first that fits is taken: a format that needs more columns stands before one that needs fewer of them.
 FORMATS: tuple[Format, ...] = (
@@ -315,6 +332,8 @@ def _of_kind(form: Format, row: Row, kind: Kind) -> Row:
     made = form.convert(row)
     beside = {name: value for name, value in row.items() if name not in form.uses and name not in made}
     if kind == "prompts":
+        if not form.refusal:  # an answer that stands beside may be the key that a reward compares with
+            beside = {name: value for name, value in row.items() if name not in ASKING}
         return {"prompt": made["prompt"], **beside}
     if kind == "instructions":
         if "completion" not in made and "chosen" not in made:

@@ -190,6 +190,7 @@ def main(args: ChatArguments) -> None:
     greet(chat, args)
     with contextlib.suppress(ImportError):  # arrow keys and history of what was typed, where the platform has them
         import readline  # noqa: F401
+    sys.stdin.reconfigure(errors="replace")  # a byte that is no UTF-8 must not end the talk
     talk(chat, sys.stdin, sys.stdout)
 
 

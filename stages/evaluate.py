@@ -27,6 +27,7 @@ from pipeline.evaluate import (
 from pipeline.models import fit_embeddings, load_policy
 from pipeline.rewards import RewardModel, checked, load_function
 from pipeline.tokenizer import load_tokenizer
+from reward_data.formats import answer_to
 
 
 def main(args: EvaluateArguments) -> None:
@@ -46,6 +47,7 @@ def main(args: EvaluateArguments) -> None:
     proxy = partial(_judged, reward, f"proxy {args.reward_model}", rows)
 
     verdicts = judge_all(args, stage, policies, prompts, proxy, gold)
+    stage.begin()
     scores: dict[str, Any] = {"policies": {name: verdict.figures for name, verdict in verdicts.items()}, "win_rate": {}}
     if gold:
         scores["win_rate"]["ppo_vs_sft"] = win_rate(verdicts["ppo"].gold, verdicts["sft"].gold, seed=args.seed)
@@ -102,7 +104,8 @@ def _judged(function: Any, name: str, columns: dict[str, list], prompts: list, t
     """Scores by a reward function, which is also given the data set's other columns, repeated as the prompts are."""
     times = len(prompts) // max(1, len(next(iter(columns.values()), prompts)))
     repeated = {key: [value for value in values for _ in range(times)] for key, values in columns.items()}
-    return checked(name, function, prompts, texts, repeated)
+    answers = [answer_to(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    return checked(name, function, prompts, answers, repeated)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ import torch
 from pipeline import data, runtime
 from pipeline.arguments import PreferencesArguments
 from pipeline.errors import UserError
-from pipeline.models import load_policy
-from pipeline.rewards import load_function
+from pipeline.models import fit_embeddings, load_policy
+from pipeline.rewards import checked, load_function
 from pipeline.sampler import generate
 from pipeline.tokenizer import load_tokenizer, prompt_ids, response_texts, stop_ids
+from reward_data.formats import answer_to
 
 
 def main(args: PreferencesArguments) -> None:
@@ -34,6 +35,8 @@ def main(args: PreferencesArguments) -> None:
     for split, rows in splits.items():
         if not rows:
             raise UserError(f"preferences: no {split} pairs came out (all answers tied); sample more or hotter")
+    stage.begin()
+    for split, rows in splits.items():
         write_jsonl(stage.output_dir / f"{split}.jsonl", rows)
     metrics = {"pairs": len(splits["train"]), "test_pairs": len(splits["test"])}
     if not human:
@@ -47,17 +50,22 @@ def sample_and_label(args: PreferencesArguments, stage: runtime.Stage) -> dict[s
     """Sample answers of the policy and let the labeller choose within pairs of them, with Bradley-Terry noise."""
     label = load_function(args.labeller)
     tokenizer, policy = load_tokenizer(args.model_name_or_path), load_policy(args.model_name_or_path, stage.device)
+    fit_embeddings(policy, tokenizer, args.model_name_or_path)
     generator = torch.Generator(stage.device).manual_seed(args.seed)
     coin = random.Random(args.seed)
     splits: dict[str, list[dict]] = {}
     plan = (("train", "preferences", args.dataset_size), ("test", "validation", args.test_size))
     with stage.progress(args.dataset_size + args.test_size, "preferences") as advance:
         for name, split, size in plan:
-            prompts = data.load_prompts(args.dataset, split=split, seed=args.seed, size=size)["prompt"]
+            columns = data.load_prompts(args.dataset, split=split, seed=args.seed, size=size).to_dict()
+            prompts = columns.pop("prompt")
             rows = splits[name] = []
             group = max(1, args.batch_size // args.num_generations)
             for start in range(0, len(prompts), group):
-                batch = [p for p in prompts[start : start + group] for _ in range(args.num_generations)]
+                batch, *beside = (
+                    [value for value in values[start : start + group] for _ in range(args.num_generations)]
+                    for values in (prompts, *columns.values())
+                )
                 with stage.dtype_autocast():
                     samples = generate(
                         policy, prompt_ids(tokenizer, batch), max_new_tokens=args.max_new_tokens,
@@ -65,7 +73,9 @@ def sample_and_label(args: PreferencesArguments, stage: runtime.Stage) -> dict[s
                         pad_token_id=tokenizer.pad_token_id, generator=generator,
                     )  # fmt: skip
                 texts = response_texts(tokenizer, samples)
-                scores = label(batch, texts)
+                answers = [answer_to(prompt, text) for prompt, text in zip(batch, texts, strict=True)]
+                named = dict(zip(columns, beside, strict=True))
+                scores = checked(f"labeller {args.labeller}", label, batch, answers, named)
                 rows += pair_up(batch, texts, scores, args.num_generations, args.label_beta, args.min_score_gap, coin)
                 advance(len(batch) // args.num_generations)
     return splits
@@ -89,15 +99,11 @@ def pair_up(prompts: list, texts: list[str], scores: list[float], num_generation
             chosen, rejected = (worse, better) if flipped else (better, worse)
             rows.append({
                 "prompt": prompts[a],
-                "chosen": _answer(prompts[a], texts[chosen]),
-                "rejected": _answer(prompts[a], texts[rejected]),
+                "chosen": answer_to(prompts[a], texts[chosen]),
+                "rejected": answer_to(prompts[a], texts[rejected]),
                 "chosen_score": scores[chosen], "rejected_score": scores[rejected], "flipped": flipped,
             })  # fmt: skip
     return rows
-
-
-def _answer(prompt: list | str, text: str) -> list[dict] | str:
-    return [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:

@@ -20,6 +20,7 @@ def main(args: ReportArguments) -> None:
     if not stage.is_main:
         return
     plots = draw_plots(run)
+    stage.begin()
     folder = stage.output_dir / "plots"
     folder.mkdir(exist_ok=True)
     for plot in plots:

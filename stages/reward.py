@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.hf_trainer import StageCallback, attach, optimizer_kwargs, save_model, train, training_kwargs
 from pipeline.models import fit_embeddings, load_critic
 from pipeline.rewards import RewardModel
-from pipeline.tokenizer import load_tokenizer
+from pipeline.tokenizer import check_template, load_tokenizer
 
 CALIBRATION_BINS = 10
 
@@ -47,6 +47,8 @@ def main(args: RewardArguments) -> None:
 def check_lengths(args: RewardArguments, tokenizer: object, splits: dict[str, Dataset]) -> None:
     """Refuse pairs longer than max_length, which RewardTrainer would drop without a word."""
     for split, rows in splits.items():
+        if isinstance(rows[0]["prompt"], list):
+            check_template(tokenizer)
         for side in ("chosen", "rejected"):
             for first in range(0, rows.num_rows, 1000):
                 part = rows[first : first + 1000]

@@ -19,6 +19,7 @@ def main(args: SFTArguments) -> None:
     rows = data.load_instructions(args.dataset, split="train", seed=args.seed, size=args.dataset_size)
     held_out = data.load_instructions(args.dataset, split="validation", seed=args.seed, size=args.validation_size)
     trainer = build_trainer(args, stage, model, tokenizer, rows, held_out)
+    kept = check_kept(args, stage, trainer, {"training": rows.num_rows, "held-out": held_out.num_rows})
 
     attach(trainer, StageCallback(stage, translate=_translate))
     train(trainer, stage)
@@ -26,7 +27,7 @@ def main(args: SFTArguments) -> None:
     model.generation_config.eos_token_id = [tokenizer.eos_token_id]  # an answer ends where the turn does
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     save_model(trainer, stage)
-    metrics = {"eval_loss": eval_loss, "eval_loss_before": stage.logged(0, "eval_loss"), "rows": rows.num_rows}
+    metrics = {"eval_loss": eval_loss, "eval_loss_before": stage.logged(0, "eval_loss"), "rows": kept}
     stage.finish(metrics, tokens=int(trainer.state.num_input_tokens_seen) or None)
 
 
@@ -49,6 +50,22 @@ def build_trainer(args: SFTArguments, stage: runtime.Stage, model: object, token
         model=model, args=config, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer,
         optimizer_cls_and_kwargs=optimizer_kwargs(args),
     )  # fmt: skip
+
+
+def check_kept(args: SFTArguments, stage: runtime.Stage, trainer: SFTTrainer, given: dict[str, int]) -> int:
+    """Say how many rows TRL left out, as nothing of the answer is within max_length; UserError if none is left.
+
+    Returns the number of training rows that are learned from.
+    """
+    left = {"training": len(trainer.train_dataset), "held-out": len(trainer.eval_dataset)}
+    for name, rows in given.items():
+        if left[name] == 0:
+            raise UserError(f"sft: of none of the {rows} {name} rows the answer begins within max_length "
+                            f"{args.max_length} tokens; raise max_length")  # fmt: skip
+        if left[name] < rows:
+            stage.say(f"{rows - left[name]} of {rows} {name} rows are left out: their answers begin beyond max_length "
+                      f"{args.max_length}")  # fmt: skip
+    return left["training"]
 
 
 def _translate(row: dict) -> dict:

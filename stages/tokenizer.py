@@ -20,6 +20,7 @@ def main(args: TokenizerArguments) -> None:
         tokenizer = character_tokenizer([*texts, *held_out])
     else:
         tokenizer = train_tokenizer(texts, args.vocab_size)
+    stage.begin()
     tokenizer.save_pretrained(stage.output_dir)
     sample = [text[:SAMPLE_LENGTH] for text in texts[: max(1, len(texts) // 20)]]
     tokens = sum(len(ids) for ids in encode(tokenizer, sample, split_special_tokens=True))

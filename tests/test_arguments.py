@@ -38,6 +38,12 @@ def test_run_dir_moves_every_folder() -> None:
     assert (args.output_dir, args.model_name_or_path, args.reward) == ("runs/x/ppo", "runs/x/sft", ["runs/x/reward"])
 
 
+def test_true_and_none_as_yaml_has_them_on_the_command_line() -> None:
+    args = parse(PPOArguments, ["--use_peft", "true", "--gold", "none", "--target_kl=null", "--best_metric", "none"])
+    assert (args.use_peft, args.gold, args.target_kl, args.best_metric) == (True, None, None, "none")
+    assert parse(PPOArguments, ["--save_steps", "0", "--eval_steps", "0"]).save_steps == 0
+
+
 def test_lists_and_none(tmp_path: Path) -> None:
     file = config(tmp_path, "reward: [a, 'b:c']\nreward_weights: [1, 0.5]\ntarget_kl: null\n")
     args = parse(PPOArguments, ["--config", file])
@@ -61,6 +67,10 @@ def test_lists_and_none(tmp_path: Path) -> None:
         ("max_steps: 0", [], ["max_steps", "too small"]),
         ("learning_rate: -1", [], ["learning_rate", "above 0"]),
         ("", ["sft"], ["'sft'", "before any --field"]),
+        ("eval_steps: 0", [], ["eval_steps", "too small"]),
+        ("", ["--seed", "-1"], ["seed: -1 must be from 0"]),
+        ("", ["--adam_beta2", "1.5"], ["adam_beta2: 1.5 must be from 0 to below 1"]),
+        ("", ["--weight_decay", "-1"], ["weight_decay: -1.0 must be from 0"]),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, yaml_text: str, words: list[str], parts: list[str]) -> None:

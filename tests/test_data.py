@@ -347,6 +347,12 @@ BROKEN = {
         GOOD + json.dumps({"prompt": user("a"), "completion": assistant("b")}).encode(),
         "row 2: field 'prompt' is text in one row and messages in another",
     ),
+    "half an emoji": (GOOD + b'{"prompt": "a \\ud800", "completion": "b"}\n', "row 2: field 'prompt' has half a char"),
+    "half an emoji in a message": (
+        b'{"messages": [{"role": "user", "content": "\\udc00"}]}\n',
+        "row 1: field 'messages' has half a character",
+    ),
+    "a list for a role": (b'{"messages": [{"role": ["user"], "content": "x"}]}\n', "row 1: .* has the role"),
     "latin-1": (GOOD + '{"prompt": "é"}'.encode("latin-1"), r"not UTF-8 text \(line 2, byte \d+\)"),
 }
 
@@ -359,6 +365,26 @@ def test_a_broken_file_is_one_sentence(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=sentence) as caught:
         data.load_instructions(str(file), split="train")
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_further_broken_rows_are_one_sentence(tmp_path: Path) -> None:
+    big = write_rows(tmp_path / "big.jsonl", [{"prompt": "a", "n": 2**70}])
+    with pytest.raises(UserError, match="has a value in a column that cannot be kept"):
+        data.load_prompts(big, split="train")
+    row = {"info": {"post": "p"}, "summaries": ["a", "b"], "choice": 0}
+    with pytest.raises(UserError, match=r"row 1: fields 'info', 'summaries' and 'choice' should hold"):
+        data.load_preferences(write_rows(tmp_path / "tldr.jsonl", [row]), split="train")
+    (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(b"{}")[:10] + b"\xff" * 99)
+    with pytest.raises(UserError, match=r"torn\.jsonl\.gz cannot be read"):
+        data.load_prompts(str(tmp_path / "torn.jsonl.gz"), split="train")
+
+
+@pytest.mark.parametrize("name", ["label", "completion", "output", "answer"])
+def test_an_answer_beside_a_prompt_reaches_the_rewards(tmp_path: Path, name: str) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"{i} plus 1?", name: str(i + 1)} for i in range(30)])
+    rows = data.load_prompts(file, split="train")
+    assert rows.column_names == ["prompt", name]
+    assert all(int(row[name]) == int(row["prompt"].split()[0]) + 1 for row in rows)
 
 
 def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from pipeline.evaluate import (
     sequence_logprobs,
     win_rate,
 )
+from reward_data.formats import text_of
 from stages import evaluate as stage
 
 PROMPTS = [[{"role": "user", "content": text}] for text in ("Write of Ben.", "Ann?", "The fox was sad. Why?")]
@@ -221,9 +222,9 @@ def test_a_verdict_counts_what_it_says() -> None:
 # ---- the stage ------------------------------------------------------------------------------------------------------
 
 
-def count_letters(prompts: list, completions: list[str], **columns: list) -> list[float]:
+def count_letters(prompts: list, completions: list, **columns: list) -> list[float]:
     """A judge that can be worked out: the share of letters."""
-    return [sum(c.isalpha() for c in text) / max(1, len(text)) for text in completions]
+    return [sum(c.isalpha() for c in text) / max(1, len(text)) for text in map(text_of, completions)]
 
 
 def arguments(run: Path, **changes: object) -> EvaluateArguments:
@@ -287,3 +288,16 @@ def test_stage_refuses_another_vocabulary(run: Path, tmp_path: Path) -> None:
     train_tokenizer(["zebra quagga okapi"] * 30, 300).save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="another vocabulary"):
         stage.main(arguments(run, ppo_model=str(tmp_path / "other"), output_dir=str(tmp_path / "out")))
+
+
+def test_a_judge_gets_answers_in_the_form_of_their_prompts() -> None:
+    seen = []
+
+    def gold(prompts, completions, answer):
+        seen.extend(zip(completions, answer, strict=True))
+        return [1.0] * len(prompts)
+
+    prompts = [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]]
+    stage._judged(gold, "gold", {"answer": [1, 2]}, [prompt for prompt in prompts for _ in range(2)], list("wxyz"))
+    assert [(answer[0]["content"], key) for answer, key in seen] == [("w", 1), ("x", 1), ("y", 2), ("z", 2)]
+    assert stage._judged(gold, "gold", {"answer": [1]}, ["text"], ["w"]) and seen[-1] == ("w", 1)

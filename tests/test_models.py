@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from ppo_tools import critic, policy, same, trainer, weights
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -22,7 +22,8 @@ from transformers import (
     Qwen2ForSequenceClassification,
 )
 
-from pipeline.models import add_lora, load_policy, trained_weights
+from pipeline.errors import UserError
+from pipeline.models import add_lora, load_critic, load_policy, trained_weights
 
 COMMON = {"vocab_size": 16, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1, "num_labels": 1,
           "initializer_range": 0.2}  # fmt: skip
@@ -45,6 +46,24 @@ MATRICES = {"ours": 7, "gpt2": 4, "llama": 7, "qwen2": 7, "pythia": 4}
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("name", ["ours", "gpt2"])
+def test_missing_weights_are_not_drawn_at_random(tmp_path, name):
+    actor, _ = build(name)
+    actor.save_pretrained(tmp_path)
+    load_policy(str(tmp_path)), load_critic(str(tmp_path))  # whole; the critic's head is new
+    weights = load_file(tmp_path / "model.safetensors")
+    block = ".h.1." if name == "gpt2" else ".norm."
+    save_file({key: value for key, value in weights.items() if block not in key}, tmp_path / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    with pytest.raises(UserError, match="lacks weights of its language model"):
+        load_policy(str(tmp_path))
+    with pytest.raises(UserError, match="lacks weights"):
+        load_critic(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:500])
+    with pytest.raises(UserError, match="no model can be opened"):
+        load_policy(str(tmp_path))
 
 
 def build(name, lora=False):

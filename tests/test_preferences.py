@@ -1,13 +1,18 @@
 """Pairs and what the reward model is judged by, against values computed by hand."""
 
+import json
 import math
 import random
 from collections import Counter
 
 import pytest
 import torch
+from ppo_tools import policy, tokenizer
 
-from stages.preferences import pair_up
+from pipeline.arguments import PreferencesArguments
+from pipeline.command_line import resolve
+from pipeline.errors import UserError
+from stages.preferences import main, pair_up
 from stages.reward import calibration
 
 PROMPT = [{"role": "user", "content": "Write."}]
@@ -44,3 +49,52 @@ def test_calibration_by_hand() -> None:
     assert [b["n"] for b in bins] == [4, 5]
     assert bins[0]["predicted"] == pytest.approx(0.75) and bins[0]["observed"] == pytest.approx(0.75)
     assert bins[1]["predicted"] == pytest.approx(0.95) and bins[1]["observed"] == 1.0
+
+
+LABELLERS = """
+def longest(prompts, completions, answer, **columns):
+    assert all(c[0]["role"] == "assistant" for c in completions) and answer == [p[0]["content"] for p in prompts]
+    return [float(len(c[0]["content"])) for c in completions]
+
+def nan(prompts, completions, **columns):
+    return [float("nan")] * len(prompts)
+
+def few(prompts, completions, **columns):
+    return [0.0]
+
+def broken(prompts, completions, **columns):
+    raise KeyError("x")
+"""
+
+
+@pytest.mark.parametrize(
+    ("labeller", "sentence"),
+    [
+        ("longest", None),
+        ("nan", "returned nan on row 0"),
+        ("few", "returned 1 values for 8 rows"),
+        ("broken", "KeyError"),
+    ],
+)
+def test_a_labeller_is_called_as_a_reward_is_and_checked(tmp_path, monkeypatch, labeller, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f"labels_{labeller}.py").write_text(LABELLERS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model, words = policy(), tokenizer()
+    for part in (model, words):
+        part.save_pretrained("model")
+    rows = [{"prompt": [{"role": "user", "content": f"t{6 + i % 9} t{6 + i // 9}"}]} for i in range(60)]
+    rows = [row | {"answer": row["prompt"][0]["content"]} for row in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = resolve(PreferencesArguments(
+        run_dir=str(tmp_path), model_name_or_path="model", dataset="rows.jsonl",
+        labeller=f"labels_{labeller}:{labeller}",
+        dataset_size=4, test_size=4, num_generations=4, batch_size=8, max_new_tokens=6, mixed_precision="no",
+    ))  # fmt: skip
+    if sentence:
+        with pytest.raises(UserError, match=sentence):
+            main(args)
+        return
+    main(args)
+    made = [json.loads(line) for line in (tmp_path / "preferences/train.jsonl").read_text().splitlines()]
+    assert made and all(row["chosen_score"] > row["rejected_score"] or row["flipped"] for row in made)

@@ -136,6 +136,7 @@ def functions(tmp_path, monkeypatch):
         "    return [float(a in c) for a, c in zip(answer, completions)]\n"
         "constant = 3\n"
     )
+    (tmp_path / "broken_rewards.py").write_text("nothing\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     yield
     sys.modules.pop("some_rewards", None)
@@ -165,6 +166,7 @@ def test_names_of_functions_and_folders_are_told_apart(tmp_path):
         (["some_rewards:lenght"], None, "some_rewards has no function lenght"),
         (["some_rewards:constant"], None, "has no function constant"),
         (["no_such_module:f"], None, "importing no_such_module failed"),
+        (["broken_rewards:f"], None, r"importing broken_rewards failed \(NameError: name 'nothing' is not defined\)"),
         (["/no/such/folder"], None, "/no/such/folder"),
     ],
 )

@@ -44,13 +44,61 @@ def test_same_settings_go_on_other_settings_start_anew(tmp_path: Path) -> None:
     steps = [json.loads(s)["step"] for s in (tmp_path / "sft/metrics.jsonl").read_text().splitlines()]
     assert steps == [1], "the line after the checkpoint will be written again"
     other = runtime.Stage(arguments(tmp_path, learning_rate=1e-4), "sft", {})
-    assert other.resume_from is None and not list(other.checkpoints.glob("step-*"))
+    assert other.resume_from is None
+    assert list(other.checkpoints.glob("step-*")), "nothing goes before everything has been checked"
+    other.begin()
+    assert not list(other.checkpoints.glob("step-*")) and (tmp_path / "sft/metrics.jsonl").read_text() == ""
+
+
+def test_a_refused_command_removes_nothing(tmp_path: Path) -> None:
+    stage = runtime.Stage(arguments(tmp_path), "sft", {})
+    stage.log({"step": 1, "loss": 3.0})
+    save_checkpoint(stage.checkpoints, 1, write)
+    stage.finish({})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    runtime.Stage(arguments(tmp_path, learning_rate=1e-4), "sft", {})  # and then some check fails
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["checkpoints/my_weights.pt", "metrics.jsonl"])
+def test_what_no_stage_wrote_is_left_alone(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "sft" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(UserError, match=r"no stage wrote, and sft would remove them; choose another output_dir"):
+        runtime.Stage(arguments(tmp_path), "sft", {})
+    assert file.read_text() == "mine"
+
+
+def test_a_renamed_run_goes_on(tmp_path: Path) -> None:
+    model = tmp_path / "one" / "pretrain"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    first = runtime.Stage(arguments(tmp_path / "one"), "sft", {"model": str(model)})
+    first.begin()
+    save_checkpoint(first.checkpoints, 1, write)
+    (tmp_path / "one").rename(tmp_path / "two")
+    moved = runtime.Stage(arguments(tmp_path / "two"), "sft", {"model": str(tmp_path / "two" / "pretrain")})
+    assert moved.resume_from == tmp_path / "two/sft/checkpoints/step-00000001"
+
+
+def test_what_an_earlier_run_left_goes_with_it(tmp_path: Path) -> None:
+    stage = runtime.Stage(arguments(tmp_path), "sft", {})
+    for name in ("best", "ema"):
+        (stage.output_dir / name).mkdir()
+    stage.begin()
+    assert (stage.output_dir / "best").exists(), "in a folder that is new to us they are the user's"
+    stage.finish({})
+    runtime.Stage(arguments(tmp_path), "sft", {}).begin()
+    assert not (stage.output_dir / "best").exists() and not (stage.output_dir / "ema").exists()
 
 
 def test_changed_input_starts_anew(tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("1")
-    save_checkpoint(runtime.Stage(arguments(tmp_path), "sft", {"dataset": str(data)}).checkpoints, 1, write)
+    first = runtime.Stage(arguments(tmp_path), "sft", {"dataset": str(data)})
+    first.begin()
+    save_checkpoint(first.checkpoints, 1, write)
     assert runtime.Stage(arguments(tmp_path), "sft", {"dataset": str(data)}).resume_from is not None
     data.write_text("2")
     assert runtime.Stage(arguments(tmp_path), "sft", {"dataset": str(data)}).resume_from is None
@@ -58,9 +106,12 @@ def test_changed_input_starts_anew(tmp_path: Path) -> None:
 
 def test_a_finished_stage_starts_anew(tmp_path: Path) -> None:
     stage = runtime.Stage(arguments(tmp_path), "sft", {})
+    stage.begin()
     save_checkpoint(stage.checkpoints, 1, write)
     stage.finish({})
-    assert runtime.Stage(arguments(tmp_path), "sft", {}).resume_from is None
+    again = runtime.Stage(arguments(tmp_path), "sft", {})
+    assert again.resume_from is None and (tmp_path / "sft/stage.json").exists()
+    again.begin()
     assert not (tmp_path / "sft/stage.json").exists()
 
 

@@ -3,9 +3,10 @@ its end."""
 
 import json
 import random
+from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerFast, Qwen3Config
 
 from pipeline.arguments import TokenizerArguments
 from pipeline.errors import UserError
@@ -150,3 +151,19 @@ def test_the_stage_learns_the_alphabet_of_the_whole_text_from_its_column(tmp_pat
         assert metrics == {"vocab_size": 22, "bytes_per_token": 1.0}
     with pytest.raises(UserError, match="has no text column 'text'"):
         main(TokenizerArguments(**given))
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    """transformers would make an empty one out of config.json, and turn every text into nothing."""
+    for config in (GPT2Config(), Qwen3Config()):
+        config.save_pretrained(tmp_path)
+        with pytest.raises(UserError, match="has no tokenizer"):
+            load_tokenizer(str(tmp_path))
+
+
+def test_conversations_need_a_chat_template() -> None:
+    tokenizer = train_tokenizer(["a b c"], 300)
+    tokenizer.chat_template = None
+    assert prompt_ids(tokenizer, ["a b"])
+    with pytest.raises(UserError, match="the tokenizer has no chat template; give prompts as text"):
+        prompt_ids(tokenizer, [[{"role": "user", "content": "a"}]])

@@ -224,6 +224,8 @@ class PPOTrainer(Learner):
     def _begin(self) -> None:
         """What stands before updates: nothing half done, no other run's checkpoints, an evaluation that is due."""
         check_start(self)
+        if self.stage:
+            self.stage.begin()
         self.evaluate_if_due()
 
     def learn(self, rollout: Rollout, metrics: dict[str, float], start: float) -> dict[str, float]:
