@@ -212,14 +212,19 @@ class Stage:
         (identity, changed, ours), self._new = self._new, None
         if changed:
             self.say("the settings or inputs changed since the last checkpoint: starting from the beginning")
+        # Killed at any place in here, the folder is still known as ours, and of other settings
+        identity_file = self.checkpoints / "identity.json"
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        if not identity_file.exists():
+            write_json(identity_file, {})
         (self.output_dir / "stage.json").unlink(missing_ok=True)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
-        self.checkpoints.mkdir(parents=True)
-        write_json(self.checkpoints / "identity.json", identity)
+        old = [path for path in self.checkpoints.iterdir() if path != identity_file]
+        for path in [*old, *(self.output_dir / name for name in (LEFT_BY_PPO if ours else ()))]:
+            shutil.rmtree(path, ignore_errors=True)
+            if path.is_file():
+                path.unlink()
         self._metrics_file.write_text("", encoding="utf-8")
-        for name in LEFT_BY_PPO if ours else ():
-            shutil.rmtree(self.output_dir / name, ignore_errors=True)
-            (self.output_dir / name).unlink(missing_ok=True)
+        write_json(identity_file, identity)
 
     def _without_run_dir(self, value: Any) -> Any:
         """A setting as it is after the run's folder has been renamed."""

@@ -70,6 +70,22 @@ def test_what_no_stage_wrote_is_left_alone(tmp_path: Path, name: str) -> None:
     assert file.read_text() == "mine"
 
 
+@pytest.mark.parametrize("call", ["write_json", "rmtree"])
+def test_a_kill_while_making_room_leaves_the_folder_ours(tmp_path: Path, monkeypatch, call: str) -> None:
+    stage = runtime.Stage(arguments(tmp_path), "sft", {})
+    stage.log({"step": 1, "loss": 3.0})
+    save_checkpoint(stage.checkpoints, 1, write)
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "write_json", killed) if call == "write_json" else patch.setattr("shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            runtime.Stage(arguments(tmp_path, learning_rate=1e-4), "sft", {}).begin()
+    assert runtime.Stage(arguments(tmp_path, learning_rate=1e-4), "sft", {}).resume_from is None
+
+
 def test_a_renamed_run_goes_on(tmp_path: Path) -> None:
     model = tmp_path / "one" / "pretrain"
     model.mkdir(parents=True)
