@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.models import fit_embeddings, load_reward
 from pipeline.runtime import use_bf16
 from pipeline.tokenizer import load_tokenizer
-from reward_data.formats import text_of
+from reward_data.formats import answer_to, text_of
 
 RewardFunction = Callable[..., list[float]]
 Combine = Literal["mean", "min", "uwo"]
@@ -67,7 +67,7 @@ class RewardModel:
             if isinstance(prompt, str):
                 texts.append(prompt + text_of(completion) + (self.tokenizer.eos_token or ""))
             else:
-                answer = [{"role": "assistant", "content": text_of(completion)}]
+                answer = answer_to(prompt, text_of(completion))
                 texts.append(self.tokenizer.apply_chat_template([*prompt, *answer], tokenize=False))
         special = bool(prompts) and isinstance(prompts[0], str)
         rows = self.tokenizer(texts, add_special_tokens=special)["input_ids"]

@@ -128,8 +128,8 @@ def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
     """Refuse conversations for a tokenizer that has no chat template."""
     if tokenizer.chat_template is None:
         raise UserError(
-            "the prompts are conversations, but the tokenizer has no chat template; give prompts as text, or a "
-            "tokenizer with one"
+            f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template, which conversations "
+            "need; give prompts as text, or a tokenizer with one"
         )
 
 

@@ -62,10 +62,10 @@ def sample_and_label(args: PreferencesArguments, stage: runtime.Stage) -> dict[s
             rows = splits[name] = []
             group = max(1, args.batch_size // args.num_generations)
             for start in range(0, len(prompts), group):
-                batch, *beside = (
-                    [value for value in values[start : start + group] for _ in range(args.num_generations)]
-                    for values in (prompts, *columns.values())
-                )
+                indices = [
+                    i for i in range(start, min(start + group, len(prompts))) for _ in range(args.num_generations)
+                ]
+                batch = [prompts[i] for i in indices]
                 with stage.dtype_autocast():
                     samples = generate(
                         policy, prompt_ids(tokenizer, batch), max_new_tokens=args.max_new_tokens,
@@ -74,8 +74,8 @@ def sample_and_label(args: PreferencesArguments, stage: runtime.Stage) -> dict[s
                     )  # fmt: skip
                 texts = response_texts(tokenizer, samples)
                 answers = [answer_to(prompt, text) for prompt, text in zip(batch, texts, strict=True)]
-                named = dict(zip(columns, beside, strict=True))
-                scores = checked(f"labeller {args.labeller}", label, batch, answers, named)
+                beside = {name: [values[i] for i in indices] for name, values in columns.items()}
+                scores = checked(f"labeller {args.labeller}", label, batch, answers, beside)
                 rows += pair_up(batch, texts, scores, args.num_generations, args.label_beta, args.min_score_gap, coin)
                 advance(len(batch) // args.num_generations)
     return splits

@@ -8,7 +8,7 @@ from pipeline.arguments import SFTArguments
 from pipeline.errors import UserError
 from pipeline.hf_trainer import StageCallback, attach, optimizer_kwargs, save_model, train, training_kwargs
 from pipeline.models import fit_embeddings, load_policy
-from pipeline.tokenizer import END_OF_TURN, load_tokenizer
+from pipeline.tokenizer import END_OF_TURN, check_template, load_tokenizer
 
 
 def main(args: SFTArguments) -> None:
@@ -35,8 +35,8 @@ def build_trainer(args: SFTArguments, stage: runtime.Stage, model: object, token
                   held_out: Dataset) -> SFTTrainer:  # fmt: skip
     """SFTTrainer with the loss on the answer alone, for `messages` as for `prompt` and `completion`."""
     chat = "messages" in rows.column_names
-    if (chat or isinstance(rows[0]["prompt"], list)) and tokenizer.chat_template is None:
-        raise UserError(f"the tokenizer of {args.model_name_or_path} has no chat template, which conversations need")
+    if chat or isinstance(rows[0]["prompt"], list):
+        check_template(tokenizer)
     if END_OF_TURN in tokenizer.get_vocab():
         tokenizer.eos_token = END_OF_TURN
     config = SFTConfig(

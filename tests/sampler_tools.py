@@ -1,6 +1,7 @@
 """A small GPT and prompts for it, for the tests of sampler and decoder."""
 
 import torch
+from gpt_tools import small_config
 from transformers import Qwen3Config
 
 from pipeline.gpt import GPTForCausalLM
@@ -10,20 +11,10 @@ VOCABULARY = 40
 
 
 def config(**changes) -> Qwen3Config:
-    settings = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 64,
-        "pad_token_id": PAD,
-        "tie_word_embeddings": True,
-        "initializer_range": 0.15,
-    }
-    return Qwen3Config(**settings | changes)
+    return small_config(
+        **{"vocab_size": VOCABULARY, "max_position_embeddings": 64, "initializer_range": 0.15, "pad_token_id": PAD}
+        | changes
+    )
 
 
 def gpt(**changes) -> GPTForCausalLM:

@@ -161,7 +161,7 @@ def test_half_an_update_is_not_gone_on_from(tmp_path):
     made._clip_and_step = interrupted
     with pytest.raises(KeyboardInterrupt):
         made.train()
-    with pytest.raises(UserError, match="update 2 was broken off between two optimizer steps"):
+    with pytest.raises(UserError, match="update 2 was broken off half way"):
         made.train()
     again, whole = trainer(tmp_path, save_steps=1), trainer(tmp_path / "whole")
     again.train()

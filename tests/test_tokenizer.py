@@ -165,5 +165,5 @@ def test_conversations_need_a_chat_template() -> None:
     tokenizer = train_tokenizer(["a b c"], 300)
     tokenizer.chat_template = None
     assert prompt_ids(tokenizer, ["a b"])
-    with pytest.raises(UserError, match="the tokenizer has no chat template; give prompts as text"):
+    with pytest.raises(UserError, match="has no chat template, which conversations need; give prompts as text"):
         prompt_ids(tokenizer, [[{"role": "user", "content": "a"}]])

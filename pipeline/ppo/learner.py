@@ -51,7 +51,6 @@ class Learner:
     policy_optimizer: Any
     critic_optimizer: Any
     kl_coef: float
-    half_done: bool  # an update's optimizer steps were broken off
     average: Average | None
     ptx: PretrainingText | None
 
@@ -104,7 +103,6 @@ class Learner:
         """`num_ppo_epochs` × `num_mini_batches` optimizer steps of critic and, after its warm-up, policy."""
         start = self._clock()
         self.policy_moves = update >= self.args.critic_warmup_updates
-        self.half_done = True
         steps = self.steps(rollout, update)
         learn = [self.learn_values, self.learn_policy] if self.policy_moves else [self.learn_values]
         if self.args.share_trunk:
@@ -119,7 +117,6 @@ class Learner:
                 f"ppo: a loss or gradient of update {update + 1} is not a finite number; lower learning_rate or "
                 "critic_learning_rate and begin anew, in another output_dir if this run's checkpoints are to stay"
             )
-        self.half_done = False
         metrics["time/update"] = self._clock() - start
         return metrics
 

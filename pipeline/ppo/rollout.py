@@ -13,7 +13,7 @@ from pipeline.cpu import side_by_side
 from pipeline.errors import UserError
 from pipeline.ppo.algorithm import length_mask, response_positions
 from pipeline.tokenizer import encode, prompt_ids
-from reward_data.formats import text_of
+from reward_data.formats import answer_to, text_of
 
 Plan = list[list[Tensor]]
 """Mini-batches of micro-batches of row numbers."""
@@ -233,7 +233,4 @@ def decode_completions(samples: Any, prompts: list[Any], tokenizer: Any) -> list
     ends = samples.prompt_lengths + samples.response_lengths - samples.ended.long()
     spans = zip(samples.sequences.tolist(), samples.prompt_lengths.tolist(), ends.tolist(), strict=True)
     texts = tokenizer.batch_decode([row[start:end] for row, start, end in spans], skip_special_tokens=True)
-    return [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for text, prompt in zip(texts, prompts, strict=True)
-    ]
+    return [answer_to(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]

@@ -90,11 +90,11 @@ def check_start(trainer: "PPOTrainer") -> None:
     where its own would go."""
     if trainer.half_done:
         raise UserError(
-            f"update {trainer.updates_done + 1} was broken off between two optimizer steps; build models and trainer "
-            "anew: `train` goes on from the last checkpoint"
+            f"update {trainer.updates_done + 1} was broken off half way; build models and trainer anew: `train` goes "
+            "on from the last checkpoint"
         )
     new = trainer.updates_done == 0 and not trainer.resumed
-    if new and trainer.args.save_steps and latest_checkpoint(trainer.checkpoints, lambda sentence: None):
+    if new and latest_checkpoint(trainer.checkpoints, lambda sentence: None):
         raise UserError(
             f"{trainer.checkpoints} has checkpoints of a run; call `resume` to go on from them, or choose another "
             "output_dir"

@@ -169,7 +169,8 @@ class PPOTrainer(Learner):
         self.total_updates = math.ceil(args.total_episodes / args.batch_size)
         self.updates_done, self.tokens, self.seconds = 0, 0, 0.0
         self.evaluated: int | None = None  # updates done at the last held-out evaluation
-        self.half_done, self.resumed = False, False
+        self.half_done = False  # an update has begun to change weights and is not counted yet
+        self.resumed = False
         self.metrics: dict[str, float] = {}  # of the last update
         self.kl_coef = args.kl_coef  # β, which adaptive_kl_target moves
         self.average = Average(self.policy, args.ema_decay) if args.ema_decay is not None else None
@@ -234,9 +235,10 @@ class PPOTrainer(Learner):
         self.set_learning_rates(update)
         judged = self.score(rollout, update)
         metrics |= judged | {"time/score": metrics["time/score"] + judged["time/score"]}
+        self.half_done = True
         metrics |= self.optimise(rollout, update)
         self._follow(metrics, update)
-        self.updates_done = update + 1
+        self.updates_done, self.half_done = update + 1, False
         self._account(metrics, rollout, time.perf_counter() - start)
         for callback in self.callbacks:
             callback(self, metrics)
