@@ -24,12 +24,12 @@ from datasets import disable_progress_bars
 from torch import Tensor, nn
 from transformers import Qwen3Config
 
-from pipeline.data import load_texts
-from pipeline.gpt import GPTForCausalLM
-from pipeline.optim import MuonWithAdamW, parameter_groups
-from pipeline.packing import Packed, pack
-from pipeline.runtime import use_bf16
-from pipeline.tokenizer import train_tokenizer
+from pipeline.model.gpt import GPTForCausalLM
+from pipeline.model.hardware import use_bf16
+from pipeline.model.optim import MuonWithAdamW, parameter_groups
+from pipeline.text.data import load_texts
+from pipeline.text.packing import Packed, pack
+from pipeline.text.tokenizer import train_tokenizer
 
 TOKENS_PER_ROW = 128
 TOKENIZER_BYTES, HELD_OUT_BYTES = 2_000_000, 200_000

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from pipeline.gpt import GPTForCausalLM
+from pipeline.model.gpt import GPTForCausalLM
 
 Contender = tuple[str, str]  # (who, precision), for example ("ours", "bf16")
 

@@ -1,9 +1,9 @@
 """The models of a "build GPT from scratch" course, each trained alike: `python -m benchmarks.course`.
 
-Every step adds one thing to the model before it, all out of pipeline/gpt.py, on the default preset's stories, with the
-same batches, optimizer and number of steps. The figure is the held-out loss in bits per byte, so that it can be set
-beside the pretraining stage's. Attention without its mask is the step that fails: it reads the very token that it is
-asked for, and its figure says nothing about text.
+Every step adds one thing to the model before it, all out of pipeline/model/gpt.py, on the default preset's stories,
+with the same batches, optimizer and number of steps. The figure is the held-out loss in bits per byte, so that it can
+be set beside the pretraining stage's. Attention without its mask is the step that fails: it reads the very token that
+it is asked for, and its figure says nothing about text.
 """
 
 import argparse
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config
 
-from pipeline.bigram import BigramLanguageModel, bits_per_byte
-from pipeline.data import load_texts
-from pipeline.gpt import GPTForCausalLM
-from pipeline.optim import MuonWithAdamW, parameter_groups
-from pipeline.packing import Packed, pack
-from pipeline.runtime import use_bf16
-from pipeline.tokenizer import train_tokenizer
+from pipeline.model.bigram import BigramLanguageModel, bits_per_byte
+from pipeline.model.gpt import GPTForCausalLM
+from pipeline.model.hardware import use_bf16
+from pipeline.model.optim import MuonWithAdamW, parameter_groups
+from pipeline.text.data import load_texts
+from pipeline.text.packing import Packed, pack
+from pipeline.text.tokenizer import train_tokenizer
 
 TOKENS, ROWS, VOCABULARY, WIDTH, HEAD = 128, 16, 2048, 128, 32
 

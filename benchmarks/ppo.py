@@ -74,7 +74,7 @@ def ours(mode: str, updates: int, shape: dict[str, int], trunk: bool = False) ->
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config
 
-    from pipeline.gpt import GPTForCausalLM, GPTForSequenceClassification
+    from pipeline.model.gpt import GPTForCausalLM, GPTForSequenceClassification
     from pipeline.ppo import PPOConfig, PPOTrainer
     from pipeline.rewards import RewardModel
 

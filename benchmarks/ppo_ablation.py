@@ -118,12 +118,12 @@ def best_of_n(run: Path, options: argparse.Namespace) -> list[dict[str, float]]:
     """Gold and proxy of the SFT model's best of n answers by the reward model, at the KL that n costs at most."""
     import torch
 
-    from pipeline import data
-    from pipeline.evaluate import Policy, answer, best_of_n_kl
-    from pipeline.models import load_policy
+    from pipeline.judging import Policy, answer, best_of_n_kl
+    from pipeline.model.hardware import use_bf16
+    from pipeline.model.load import load_policy
     from pipeline.rewards import RewardModel, load_function
-    from pipeline.runtime import use_bf16
-    from pipeline.tokenizer import load_tokenizer
+    from pipeline.text import data
+    from pipeline.text.tokenizer import load_tokenizer
 
     record = options.output / "best-of-n" / f"{run.name}.json"
     if record.exists():

@@ -15,8 +15,8 @@ import torch
 from transformers import CompileConfig, GenerationConfig, Qwen3Config
 
 from benchmarks.common import Contender, alternate, compare, report, shape, table, twins
-from pipeline.hf_trainer import why_not_compile
-from pipeline.sampler import generate
+from pipeline.model.sampler import generate
+from pipeline.runtime.hf_trainer import why_not_compile
 
 # name: config, rows, prompt tokens, new tokens
 SHAPES = {"6L d192 B64 32+64": (shape(192), 64, 32, 64)}

@@ -4,8 +4,8 @@ A step is forward, backward and AdamW on a batch of random tokens, in fp32 and u
 the same weights. Then each contender's faster precision once more through torch.compile (a minute a model on CPU; its
 time is not counted). All take turns in every round; the ratios are medians over the rounds.
 
-The share of peak is the model's FLOPs (pipeline/flops.py) a second over the fastest matrix product in bf16 that this
-machine was seen to do: MFU, by another name.
+The share of peak is the model's FLOPs (pipeline/model/flops.py) a second over the fastest matrix product in bf16 that
+this machine was seen to do: MFU, by another name.
 """
 
 import argparse
@@ -17,8 +17,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config
 
 from benchmarks.common import alternate, compare, report, shape, table, twins
-from pipeline.flops import flops_per_token, matmul_peak
-from pipeline.hf_trainer import why_not_compile
+from pipeline.model.flops import flops_per_token, matmul_peak
+from pipeline.runtime.hf_trainer import why_not_compile
 
 # name: config, batch, tokens a row
 SHAPES = {

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.models import fit_embeddings, load_reward
-from pipeline.runtime import use_bf16
-from pipeline.tokenizer import load_tokenizer
+from pipeline.model.hardware import use_bf16
+from pipeline.model.load import fit_embeddings, load_reward
+from pipeline.text.tokenizer import load_tokenizer
 from reward_data.formats import answer_to, text_of
 
 RewardFunction = Callable[..., list[float]]

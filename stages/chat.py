@@ -16,13 +16,14 @@ from typing import TextIO
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline import data, runtime
-from pipeline.arguments import ChatArguments
 from pipeline.errors import UserError
-from pipeline.evaluate import plain_text
-from pipeline.models import fit_embeddings, load_policy, parameter_count
-from pipeline.sampler import Sampling, stream
-from pipeline.tokenizer import END_OF_TURN, load_tokenizer, prompt_ids, stop_ids
+from pipeline.judging import plain_text
+from pipeline.model.load import fit_embeddings, load_policy, parameter_count
+from pipeline.model.sampler import Sampling, stream
+from pipeline.runtime import record as runtime
+from pipeline.runtime.arguments import ChatArguments
+from pipeline.text import data
+from pipeline.text.tokenizer import END_OF_TURN, load_tokenizer, prompt_ids, stop_ids
 
 COMMANDS = "/exit, /reset, /temperature X"
 

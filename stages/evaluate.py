@@ -6,11 +6,9 @@ from typing import Any
 
 import torch
 
-from pipeline import data, runtime
-from pipeline.arguments import EvaluateArguments
 from pipeline.checkpoint import write_json
 from pipeline.errors import UserError
-from pipeline.evaluate import (
+from pipeline.judging import (
     Answers,
     Judge,
     Policy,
@@ -24,9 +22,12 @@ from pipeline.evaluate import (
     sequence_kl,
     win_rate,
 )
-from pipeline.models import fit_embeddings, load_policy
+from pipeline.model.load import fit_embeddings, load_policy
 from pipeline.rewards import RewardModel, checked, load_function
-from pipeline.tokenizer import load_tokenizer
+from pipeline.runtime import record as runtime
+from pipeline.runtime.arguments import EvaluateArguments
+from pipeline.text import data
+from pipeline.text.tokenizer import load_tokenizer
 from reward_data.formats import answer_to
 
 

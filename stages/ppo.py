@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
-from pipeline import data, runtime
-from pipeline.arguments import PPOArguments
 from pipeline.errors import UserError
-from pipeline.models import add_lora, fit_embeddings, load_critic, load_policy
+from pipeline.model.load import fit_embeddings, load_critic, load_policy
+from pipeline.model.lora import add_lora
 from pipeline.ppo import PPOTrainer
 from pipeline.rewards import load_function, load_rewards, reward_names
-from pipeline.tokenizer import load_tokenizer
+from pipeline.runtime import record as runtime
+from pipeline.runtime.arguments import PPOArguments
+from pipeline.text import data
+from pipeline.text.tokenizer import load_tokenizer
 
 SHOWN = ("step", "episode", "objective/scores", "objective/kl", "objective/entropy", "response/length",
          "policy/approxkl_avg", "val/explained_variance", "episodes_per_s",

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
-from pipeline import data, runtime
-from pipeline.arguments import PreferencesArguments
 from pipeline.errors import UserError
-from pipeline.models import fit_embeddings, load_policy
+from pipeline.model.load import fit_embeddings, load_policy
+from pipeline.model.sampler import generate
 from pipeline.rewards import checked, load_function
-from pipeline.sampler import generate
-from pipeline.tokenizer import load_tokenizer, prompt_ids, response_texts, stop_ids
+from pipeline.runtime import record as runtime
+from pipeline.runtime.arguments import PreferencesArguments
+from pipeline.text import data
+from pipeline.text.tokenizer import answer_texts, load_tokenizer, prompt_ids, stop_ids
 from reward_data.formats import answer_to
 
 
@@ -72,7 +73,7 @@ def sample_and_label(args: PreferencesArguments, stage: runtime.Stage) -> dict[s
                         temperature=args.temperature, eos_token_id=stop_ids(policy, tokenizer),
                         pad_token_id=tokenizer.pad_token_id, generator=generator,
                     )  # fmt: skip
-                texts = response_texts(tokenizer, samples)
+                texts = answer_texts(tokenizer, samples.answers())
                 answers = [answer_to(prompt, text) for prompt, text in zip(batch, texts, strict=True)]
                 beside = {name: [values[i] for i in indices] for name, values in columns.items()}
                 scores = checked(f"labeller {args.labeller}", label, batch, answers, beside)

@@ -7,13 +7,15 @@ import torch
 from transformers import Qwen3Config, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from pipeline import data, runtime
-from pipeline.arguments import PretrainArguments
-from pipeline.bigram import BigramLanguageModel, bits_per_byte
 from pipeline.errors import UserError
-from pipeline.flops import flops_per_token, matmul_peak
-from pipeline.gpt import GPTForCausalLM
-from pipeline.hf_trainer import (
+from pipeline.judging import held_out_nats
+from pipeline.model.bigram import BigramLanguageModel, bits_per_byte
+from pipeline.model.flops import flops_per_token, matmul_peak
+from pipeline.model.gpt import GPTForCausalLM
+from pipeline.model.load import fit_embeddings, load_policy, parameter_count
+from pipeline.runtime import record as runtime
+from pipeline.runtime.arguments import PretrainArguments
+from pipeline.runtime.hf_trainer import (
     StageCallback,
     attach,
     optimizer_kwargs,
@@ -23,9 +25,9 @@ from pipeline.hf_trainer import (
     training_kwargs,
     why_not_compile,
 )
-from pipeline.models import fit_embeddings, load_policy, parameter_count
-from pipeline.packing import Packed, StreamedRows, collate, held_out_nats, pack
-from pipeline.tokenizer import load_tokenizer
+from pipeline.text import data
+from pipeline.text.packing import Packed, StreamedRows, collate, pack
+from pipeline.text.tokenizer import load_tokenizer
 
 BIGRAM_VOCABULARY = 8192  # at most: the bigram's table is the square of it
 BIGRAM_ROWS = 20_000  # of a stream, to fit the bigram on

@@ -5,11 +5,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import report, runtime
-from pipeline.arguments import ReportArguments
 from pipeline.checkpoint import write_json
-from pipeline.report_html import page
-from pipeline.report_plots import draw_plots
+from pipeline.report import gather as report
+from pipeline.report.page import page
+from pipeline.report.plots import draw_plots
+from pipeline.runtime import record as runtime
+from pipeline.runtime.arguments import ReportArguments
 
 
 def main(args: ReportArguments) -> None:

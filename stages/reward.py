@@ -6,14 +6,15 @@ import torch
 from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
-from pipeline import data, runtime
-from pipeline.arguments import RewardArguments
 from pipeline.checkpoint import write_json
 from pipeline.errors import UserError
-from pipeline.hf_trainer import StageCallback, attach, optimizer_kwargs, save_model, train, training_kwargs
-from pipeline.models import fit_embeddings, load_critic
+from pipeline.model.load import fit_embeddings, load_critic
 from pipeline.rewards import RewardModel
-from pipeline.tokenizer import check_template, load_tokenizer
+from pipeline.runtime import record as runtime
+from pipeline.runtime.arguments import RewardArguments
+from pipeline.runtime.hf_trainer import StageCallback, attach, optimizer_kwargs, save_model, train, training_kwargs
+from pipeline.text import data
+from pipeline.text.tokenizer import check_template, load_tokenizer
 
 CALIBRATION_BINS = 10
 

@@ -3,12 +3,13 @@
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from pipeline import data, runtime
-from pipeline.arguments import SFTArguments
 from pipeline.errors import UserError
-from pipeline.hf_trainer import StageCallback, attach, optimizer_kwargs, save_model, train, training_kwargs
-from pipeline.models import fit_embeddings, load_policy
-from pipeline.tokenizer import END_OF_TURN, check_template, load_tokenizer
+from pipeline.model.load import fit_embeddings, load_policy
+from pipeline.runtime import record as runtime
+from pipeline.runtime.arguments import SFTArguments
+from pipeline.runtime.hf_trainer import StageCallback, attach, optimizer_kwargs, save_model, train, training_kwargs
+from pipeline.text import data
+from pipeline.text.tokenizer import END_OF_TURN, check_template, load_tokenizer
 
 
 def main(args: SFTArguments) -> None:

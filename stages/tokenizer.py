@@ -1,8 +1,9 @@
 """Train the tokenizer: `python -m stages.tokenizer --config configs/stories/tokenizer.yaml`."""
 
-from pipeline import data, runtime
-from pipeline.arguments import TokenizerArguments
-from pipeline.tokenizer import character_tokenizer, encode, train_tokenizer
+from pipeline.runtime import record as runtime
+from pipeline.runtime.arguments import TokenizerArguments
+from pipeline.text import data
+from pipeline.text.tokenizer import character_tokenizer, encode, train_tokenizer
 
 SAMPLE_LENGTH = 100_000  # characters of a document to measure bytes_per_token on: a text may be one long document
 

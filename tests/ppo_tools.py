@@ -4,7 +4,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
-from pipeline.gpt import GPTForCausalLM, GPTForSequenceClassification
+from pipeline.model.gpt import GPTForCausalLM, GPTForSequenceClassification
 from pipeline.ppo import PPOConfig, PPOTrainer
 
 TEMPLATE = (

@@ -4,7 +4,7 @@ import torch
 from gpt_tools import small_config
 from transformers import Qwen3Config
 
-from pipeline.gpt import GPTForCausalLM
+from pipeline.model.gpt import GPTForCausalLM
 
 PAD, END = 0, 1
 VOCABULARY = 40

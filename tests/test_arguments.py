@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import arguments as A
-from pipeline.arguments import PPOArguments, PretrainArguments, SFTArguments
-from pipeline.command_line import parse
 from pipeline.errors import UserError
+from pipeline.runtime import arguments as A
+from pipeline.runtime.arguments import PPOArguments, PretrainArguments, SFTArguments
+from pipeline.runtime.command_line import parse
 
 ROOT = Path(__file__).parent.parent
 STAGE_ARGUMENTS = {

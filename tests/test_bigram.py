@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from pipeline.bigram import BigramLanguageModel, bits_per_byte
+from pipeline.model.bigram import BigramLanguageModel, bits_per_byte
 
 
 def test_uniform_before_any_count() -> None:

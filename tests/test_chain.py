@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from pipeline.checkpoint import sha256_of
-from pipeline.models import load_policy, load_reward
+from pipeline.model.load import load_policy, load_reward
 
 STAGES = ["tokenizer", "pretrain", "sft", "preferences", "reward", "ppo", "evaluate", "report"]
 TRAINED = ["pretrain", "sft", "reward", "ppo"]

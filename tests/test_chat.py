@@ -12,11 +12,11 @@ import torch
 from tiny_models import END_OF_TEXT, END_OF_TURN, tiny_policy, tiny_tokenizer, write_models
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.arguments import ChatArguments
-from pipeline.command_line import resolve
 from pipeline.errors import UserError
-from pipeline.sampler import Sampling, generate
-from pipeline.tokenizer import prompt_ids
+from pipeline.model.sampler import Sampling, generate
+from pipeline.runtime.arguments import ChatArguments
+from pipeline.runtime.command_line import resolve
+from pipeline.text.tokenizer import prompt_ids
 from stages import chat as stage
 from stages.chat import Chat, open_chat, stream_text, talk
 

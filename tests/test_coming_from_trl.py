@@ -10,8 +10,8 @@ import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
-from pipeline.arguments import PPOArguments
 from pipeline.ppo import PPOConfig
+from pipeline.runtime.arguments import PPOArguments
 
 PAGE = (ROOT / "docs" / "coming_from_trl.md").read_text(encoding="utf-8")
 SCRIPT = (ROOT / "examples" / "ppo_gpt2.py").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 from ppo_tools import same, trainer, weights
 
-from pipeline.cpu import side_by_side
+from pipeline.model.hardware import side_by_side
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,7 @@ def test_networks_that_share_weights_take_turns(tmp_path):
 FAULTS = """
 import resource, sys
 import torch
-from pipeline.cpu import keep_freed_memory
+from pipeline.model.hardware import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 def work():

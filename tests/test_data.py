@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from pipeline import data
 from pipeline.errors import UserError
+from pipeline.text import data
 from reward_data import formats
 
 ROOT = Path(__file__).parent.parent

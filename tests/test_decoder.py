@@ -6,10 +6,10 @@ from sampler_tools import END, PAD, VOCABULARY, gpt, prompts, responses, seeded
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from pipeline import decoder as decoding
-from pipeline.decoder import BLOCK, KEPT, Decoder, prepacked
-from pipeline.gpt import GPTForCausalLM
-from pipeline.sampler import generate, stream
+from pipeline.model import decoder as decoding
+from pipeline.model.decoder import BLOCK, KEPT, Decoder, prepacked
+from pipeline.model.gpt import GPTForCausalLM
+from pipeline.model.sampler import generate, stream
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from pipeline import runtime
-from pipeline.arguments import PPOArguments, PretrainArguments, RewardArguments, SFTArguments
-from pipeline.tokenizer import train_tokenizer
+from pipeline.runtime import record as runtime
+from pipeline.runtime.arguments import PPOArguments, PretrainArguments, RewardArguments, SFTArguments
+from pipeline.text.tokenizer import train_tokenizer
 from stages import ppo, pretrain, reward, sft
 
 STAGES = {"pretrain": (pretrain.main, PretrainArguments), "sft": (sft.main, SFTArguments),

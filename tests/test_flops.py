@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from pipeline.flops import flops_per_token, matmul_peak
+from pipeline.model.flops import flops_per_token, matmul_peak
 
 
 def test_formula_counts_what_torch_counts() -> None:

@@ -14,8 +14,8 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
-from pipeline import gpt
-from pipeline.gpt import GPTForCausalLM, GPTForSequenceClassification
+from pipeline.model import gpt
+from pipeline.model.gpt import GPTForCausalLM, GPTForSequenceClassification
 
 
 @pytest.mark.parametrize("kind", ["full", "right", "left", "packed"])

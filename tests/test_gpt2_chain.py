@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from pipeline.errors import UserError
-from pipeline.models import fit_embeddings, load_policy
-from pipeline.tokenizer import load_tokenizer
+from pipeline.model.load import fit_embeddings, load_policy
+from pipeline.text.tokenizer import load_tokenizer
 
 WORDS = ["the cat sat on the mat", "the dog ran to the barn", "a fox hid in the den", "the bird sang a song"]
 

@@ -5,7 +5,7 @@ import torch
 from gpt_tools import assert_close, batch, small_config
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from pipeline.gpt import GPTForCausalLM, GPTForSequenceClassification
+from pipeline.model.gpt import GPTForCausalLM, GPTForSequenceClassification
 
 
 @pytest.fixture(scope="module")

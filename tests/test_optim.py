@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from transformers import Qwen3Config
 
-from pipeline.gpt import GPTForCausalLM
-from pipeline.optim import MuonFactory
+from pipeline.model.gpt import GPTForCausalLM
+from pipeline.model.optim import MuonFactory
 
 SETTINGS = {"muon_learning_rate": 0.02, "learning_rate": 1e-3, "weight_decay": 0.1, "adam_beta2": 0.95}
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from pipeline import packing
 from pipeline.errors import UserError
-from pipeline.tokenizer import train_tokenizer
+from pipeline.text import packing
+from pipeline.text.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import statistics
 import pytest
 
 from benchmarks import ppo_ablation
-from pipeline.arguments import PPOArguments
-from pipeline.command_line import parse
+from pipeline.runtime.arguments import PPOArguments
+from pipeline.runtime.command_line import parse
 
 
 def test_expected_best_is_the_mean_over_all_draws():

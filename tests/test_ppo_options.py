@@ -6,7 +6,7 @@ from ppo_tools import config, critic, gradients_of, policy, prompts, same, train
 from transformers import AutoModelForCausalLM
 
 from pipeline.errors import UserError
-from pipeline.gpt import GPTForCausalLM
+from pipeline.model.gpt import GPTForCausalLM
 from pipeline.ppo import algorithm as A
 
 

@@ -7,7 +7,7 @@ from ppo_tools import config, count_t7, critic, policy, prompts, same, trainer, 
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from pipeline.errors import UserError
-from pipeline.gpt import GPTForCausalLM
+from pipeline.model.gpt import GPTForCausalLM
 
 
 class Killed(Exception):

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from pipeline.errors import UserError
-from pipeline.gpt import GPTForSequenceClassification
+from pipeline.model.gpt import GPTForSequenceClassification
 from pipeline.ppo import algorithm as A
 
 

@@ -8,7 +8,7 @@ from ppo_tools import tokenizer
 from transformers import Qwen3Config
 from trl_fixture import FILE, PROMPT, RESPONSE, ROWS, SETTINGS, SHAPE, by_formula, masked_case
 
-from pipeline.gpt import GPTForCausalLM, GPTForSequenceClassification
+from pipeline.model.gpt import GPTForCausalLM, GPTForSequenceClassification
 from pipeline.ppo import PPOConfig, PPOTrainer
 from pipeline.ppo import algorithm as A
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from ppo_tools import policy, tokenizer
 
-from pipeline.arguments import PreferencesArguments
-from pipeline.command_line import resolve
 from pipeline.errors import UserError
+from pipeline.runtime.arguments import PreferencesArguments
+from pipeline.runtime.command_line import resolve
 from stages.preferences import main, pair_up
 from stages.reward import calibration
 

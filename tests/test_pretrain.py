@@ -20,13 +20,16 @@ from safetensors.torch import load_file
 from tiny_models import tiny_policy, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from pipeline import data, hf_trainer, nan_guard, packing, runtime
-from pipeline.arguments import PretrainArguments
 from pipeline.checkpoint import fault_of, sha256_of
-from pipeline.command_line import resolve
 from pipeline.errors import UserError
-from pipeline.flops import flops_per_token
-from pipeline.gpt import GPTForCausalLM
+from pipeline.judging import held_out_nats
+from pipeline.model.flops import flops_per_token
+from pipeline.model.gpt import GPTForCausalLM
+from pipeline.runtime import hf_trainer, nan_guard
+from pipeline.runtime import record as runtime
+from pipeline.runtime.arguments import PretrainArguments
+from pipeline.runtime.command_line import resolve
+from pipeline.text import data, packing
 from stages import pretrain
 
 TINY = {
@@ -109,11 +112,11 @@ def test_held_out_loss_is_exact_whatever_the_batch_and_the_processes(run: Path) 
     assert len(packed.rows) % 7 and (len(packed.ids) - 1) % 23, "neither batches nor rows come out even"
     expected = held_out_by_hand(model, packed.ids.tolist(), 24)
     for batch_size in (1, 7, 1000):
-        nats, tokens = packing.held_out_nats(model, packed.rows, batch_size)
+        nats, tokens = held_out_nats(model, packed.rows, batch_size)
         assert tokens == packed.tokens == len(packed.ids) - 1
         assert nats / tokens == pytest.approx(expected / tokens, rel=1e-6)
     for processes in (2, 5, 100):
-        parts = [packing.held_out_nats(model, packed.rows, 3, process, processes) for process in range(processes)]
+        parts = [held_out_nats(model, packed.rows, 3, process, processes) for process in range(processes)]
         assert sum(count for _, count in parts) == packed.tokens
         assert sum(nats for nats, _ in parts) == pytest.approx(expected, rel=1e-6)
 

@@ -11,12 +11,12 @@ from fake_run import ANSWERS, POLICIES, PROMPTS, SECONDS, WIN_RATE, write_run
 from rich.console import Console
 from safetensors.torch import save_file
 
-from pipeline import report
-from pipeline.arguments import ReportArguments
-from pipeline.command_line import resolve
 from pipeline.errors import UserError
-from pipeline.report_html import page
-from pipeline.report_plots import PALETTE, draw_plots
+from pipeline.report import gather as report
+from pipeline.report.page import page
+from pipeline.report.plots import PALETTE, draw_plots
+from pipeline.runtime.arguments import ReportArguments
+from pipeline.runtime.command_line import resolve
 from stages import report as stage
 
 PLOTS = ["gold", "pretrain-loss", "pretrain-bpb", "sft-loss", "reward-accuracy", "reward-loss", "reward-calibration",

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from pipeline import data
 from pipeline.errors import UserError
+from pipeline.text import data
 from reward_data import reviews
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import runtime
-from pipeline.arguments import SFTArguments
 from pipeline.checkpoint import save_checkpoint
-from pipeline.command_line import resolve
 from pipeline.errors import UserError
+from pipeline.model import hardware
+from pipeline.runtime import record as runtime
+from pipeline.runtime.arguments import SFTArguments
+from pipeline.runtime.command_line import resolve
 
 
 def arguments(tmp_path: Path, **fields: object) -> SFTArguments:
@@ -196,8 +197,8 @@ def test_seed_sets_torch(tmp_path: Path) -> None:
 
 
 def test_precision_is_what_was_asked(tmp_path: Path) -> None:
-    assert runtime.use_bf16("bf16") and not runtime.use_bf16("no")
-    assert runtime.use_bf16("auto") == runtime.bf16_in_hardware()
+    assert hardware.use_bf16("bf16") and not hardware.use_bf16("no")
+    assert hardware.use_bf16("auto") == hardware.bf16_in_hardware()
     x = torch.randn(4, 4)
     with runtime.Stage(arguments(tmp_path), "sft", {}).dtype_autocast():
         assert (x @ x).dtype == torch.float32

@@ -6,12 +6,12 @@ import pytest
 from datasets import Dataset
 from transformers import Qwen3Config
 
-from pipeline.arguments import SFTArguments
-from pipeline.command_line import resolve
 from pipeline.errors import UserError
-from pipeline.gpt import GPTForCausalLM
-from pipeline.runtime import Stage
-from pipeline.tokenizer import train_tokenizer
+from pipeline.model.gpt import GPTForCausalLM
+from pipeline.runtime.arguments import SFTArguments
+from pipeline.runtime.command_line import resolve
+from pipeline.runtime.record import Stage
+from pipeline.text.tokenizer import train_tokenizer
 from stages.sft import build_trainer, check_kept
 
 USER, ANSWER = {"role": "user", "content": "Write about Ben."}, {"role": "assistant", "content": "Ben ran home."}

@@ -12,9 +12,9 @@ from conftest import make
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import nanogpt
-from pipeline.arguments import TokenizerArguments
-from pipeline.command_line import parse
 from pipeline.errors import UserError
+from pipeline.runtime.arguments import TokenizerArguments
+from pipeline.runtime.command_line import parse
 from stages import tokenizer
 
 TINY = ["--max_steps", "40", "--eval_steps", "40", "--hidden_size", "32", "--num_hidden_layers", "1",

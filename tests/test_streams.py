@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from pipeline import data
 from pipeline.errors import UserError
+from pipeline.text import data
 
 
 def write_rows(path: Path, rows: list[dict]) -> str:

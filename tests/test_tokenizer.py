@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerFast, Qwen3Config
 
-from pipeline.arguments import TokenizerArguments
 from pipeline.errors import UserError
-from pipeline.tokenizer import (
+from pipeline.runtime.arguments import TokenizerArguments
+from pipeline.text.tokenizer import (
     SPECIAL_TOKENS,
     character_tokenizer,
     check_fits,

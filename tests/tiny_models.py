@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
-from pipeline.gpt import GPTForCausalLM, GPTForSequenceClassification
-from pipeline.tokenizer import train_tokenizer
+from pipeline.model.gpt import GPTForCausalLM, GPTForSequenceClassification
+from pipeline.text.tokenizer import train_tokenizer
 
 TEXTS = ["Ben found a kite near the river. He was happy.", "Ann lost the fox. She was sad."] * 20
 END_OF_TEXT, END_OF_TURN = 1, 5

@@ -1,6 +1,6 @@
 """PPO for language models: `PPOTrainer(policy, reference, rewards, critic, PPOConfig(...), train_dataset)`."""
 
+from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.trainer import PPOTrainer
-from pipeline.ppo_config import PPOConfig
 
 __all__ = ["PPOConfig", "PPOTrainer"]

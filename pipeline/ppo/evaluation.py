@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from pipeline.checkpoint import write_json
-from pipeline.evaluate import distinct_n, win_rate
+from pipeline.judging import distinct_n, win_rate
 from pipeline.ppo import algorithm as A
 from pipeline.ppo.rollout import Rollout, decode_completions, seeded
 from pipeline.rewards import checked, standard_deviation

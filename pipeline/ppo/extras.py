@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.packing import document_end
-from pipeline.tokenizer import encode
+from pipeline.text.packing import document_end
+from pipeline.text.tokenizer import encode
 
 
 class Average:

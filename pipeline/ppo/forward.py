@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pipeline.errors import UserError
-from pipeline.models import states_at, without_wrapper
+from pipeline.model.load import states_at
+from pipeline.model.lora import without_wrapper
 from pipeline.ppo.algorithm import logprobs_from_hidden
 
 # Steps between head and softmax that some architectures take (Gemma 2, Cohere, Granite).

@@ -11,14 +11,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from pipeline.cpu import handing_back_memory, side_by_side
 from pipeline.errors import UserError
+from pipeline.model.hardware import handing_back_memory, side_by_side
 from pipeline.ppo import algorithm as A
+from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.extras import Average, PretrainingText, copy_weights
 from pipeline.ppo.forward import TokenLogprobs, TokenValues
 from pipeline.ppo.metrics import MetricSums, rollout_metrics
 from pipeline.ppo.rollout import Plan, Rollout, plan_epoch, seeded
-from pipeline.ppo_config import PPOConfig
 
 SHUFFLING, PRETRAINING = 3, 5  # first numbers of seeds, as in trainer.py
 

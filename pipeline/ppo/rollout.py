@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.cpu import side_by_side
 from pipeline.errors import UserError
+from pipeline.model.hardware import side_by_side
 from pipeline.ppo.algorithm import length_mask, response_positions
-from pipeline.tokenizer import encode, prompt_ids
+from pipeline.text.tokenizer import answer_texts, encode, prompt_ids
 from reward_data.formats import answer_to, text_of
 
 Plan = list[list[Tensor]]
@@ -230,7 +230,5 @@ def seeded(*numbers: int) -> torch.Generator:
 
 def decode_completions(samples: Any, prompts: list[Any], tokenizer: Any) -> list[Any]:
     """Answers without their end token, as text, or as one assistant message where the prompt is a list of messages."""
-    ends = samples.prompt_lengths + samples.response_lengths - samples.ended.long()
-    spans = zip(samples.sequences.tolist(), samples.prompt_lengths.tolist(), ends.tolist(), strict=True)
-    texts = tokenizer.batch_decode([row[start:end] for row, start, end in spans], skip_special_tokens=True)
+    texts = answer_texts(tokenizer, samples.answers())
     return [answer_to(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]

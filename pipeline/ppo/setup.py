@@ -9,11 +9,11 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from pipeline.errors import UserError
-from pipeline.models import is_lora, without_wrapper
-from pipeline.ppo_config import PPOConfig
+from pipeline.model.hardware import use_bf16
+from pipeline.model.lora import is_lora, without_wrapper
+from pipeline.ppo.config import PPOConfig
 from pipeline.rewards import RewardFunction, WeightedRewards, name_of
-from pipeline.runtime import use_bf16
-from pipeline.tokenizer import check_fits, stop_ids
+from pipeline.text.tokenizer import check_fits, stop_ids
 
 
 def build_accelerator(args: PPOConfig) -> Accelerator:

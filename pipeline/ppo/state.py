@@ -18,8 +18,8 @@ from torch import nn
 
 from pipeline.checkpoint import latest_checkpoint, save_checkpoint
 from pipeline.errors import UserError
-from pipeline.models import is_lora, save_whole, trained_weights
-from pipeline.ppo_config import PPOConfig
+from pipeline.model.lora import is_lora, save_whole, trained_weights
+from pipeline.ppo.config import PPOConfig
 
 if TYPE_CHECKING:
     from pipeline.ppo.trainer import PPOTrainer

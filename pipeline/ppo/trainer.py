@@ -23,10 +23,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from pipeline.checkpoint import latest_checkpoint
-from pipeline.cpu import keep_freed_memory
 from pipeline.errors import UserError
-from pipeline.models import is_lora, without_wrapper
+from pipeline.model.hardware import keep_freed_memory
+from pipeline.model.lora import is_lora, without_wrapper
+from pipeline.model.sampler import Samples, generate
 from pipeline.ppo import algorithm as A
+from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.evaluation import evaluate, keep_best
 from pipeline.ppo.extras import Average, PretrainingText
 from pipeline.ppo.forward import (
@@ -57,9 +59,7 @@ from pipeline.ppo.setup import (
 )
 from pipeline.ppo.state import check_start, load_state, save_models, save_state
 from pipeline.ppo.watch import watch_evaluation, watch_update
-from pipeline.ppo_config import PPOConfig
 from pipeline.rewards import RewardFunction, add_to_moments, scale_scores
-from pipeline.sampler import Samples, generate
 
 Callback = Callable[["PPOTrainer", dict[str, float]], None]
 # First number of the seed, so that no two uses draw the same; others have 1 (rollout.py), 3, 5 (learner.py) and 4
@@ -70,8 +70,8 @@ SAMPLING = 2
 class PPOTrainer(Learner):
     """PPO with a policy, a frozen reference, rewards and a critic of its own network.
 
-    policy            causal language model of transformers or pipeline.gpt, or one with LoRA (a PeftModel); trained in
-                      place
+    policy            causal language model of transformers or of model/gpt.py, or one with LoRA (a PeftModel); trained
+                      in place
     reference         model of the same vocabulary, frozen here; None: a copy of the policy as it is now, or the policy
                       with its adapter switched off
     rewards           `f(prompts, completions, **columns) -> list[float]`, or several, which are added up
@@ -80,7 +80,7 @@ class PPOTrainer(Learner):
     train_dataset     rows with `prompt` (text or messages); other columns go to the rewards
     eval_dataset      held-out rows of the same kind, looked at every `args.eval_steps` updates
     processing_class  the policy's tokenizer
-    stage             pipeline.runtime.Stage for logging, progress and the resume point; None: plain prints
+    stage             pipeline.runtime.record.Stage for logging, progress and the resume point; None: plain prints
     gold              function like a reward that is only looked at, on eval_dataset
     callbacks         each is called as `callback(trainer, metrics)` after every update
     ptx_dataset       texts, or rows with `text`: the pretraining text of `args.ptx_coef`

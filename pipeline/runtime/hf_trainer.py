@@ -11,12 +11,13 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as HFTrainingArguments
 
-from pipeline.arguments import TrainingFields
 from pipeline.checkpoint import seal
 from pipeline.errors import UserError
-from pipeline.nan_guard import NanGuard
-from pipeline.optim import MuonFactory
-from pipeline.runtime import Stage, use_bf16
+from pipeline.model.hardware import use_bf16
+from pipeline.model.optim import MuonFactory
+from pipeline.runtime.arguments import TrainingFields
+from pipeline.runtime.nan_guard import NanGuard
+from pipeline.runtime.record import Stage
 
 
 def training_kwargs(args: TrainingFields, stage: Stage) -> dict[str, Any]:

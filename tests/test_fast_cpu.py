@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from gpt_tools import VOCABULARY, assert_close, batch, pair, small_config
 from transformers import Qwen3ForCausalLM
 
-from pipeline import kernels
-from pipeline.gpt import GPTForCausalLM
+from pipeline.model import fast_cpu as kernels
+from pipeline.model.gpt import GPTForCausalLM
 
 
 def test_hand_written_norm_equals_autograd():

@@ -8,7 +8,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from pipeline.checkpoint import latest_checkpoint
 from pipeline.errors import UserError
-from pipeline.runtime import Stage
+from pipeline.runtime.record import Stage
 
 SHOWN_ROWS, SHOWN_TOKENS, SHOWN_CHARACTERS = 8, 64, 100
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.gpt import GPTForCausalLM
+from pipeline.model.gpt import GPTForCausalLM
 
 BLOCK = 32  # slots that the cache on CPU grows by: fewer are copied too often, more are read while empty
 ROWS = 64  # that packed weights are laid out for; any other number multiplies, too

@@ -2,7 +2,7 @@
 
 from html import escape
 
-from pipeline.report import (
+from pipeline.report.gather import (
     POLICY_COLUMNS,
     POLICY_NOTES,
     STAGE_COLUMNS,
@@ -17,7 +17,7 @@ from pipeline.report import (
     sample_groups,
     stage_rows,
 )
-from pipeline.report_plots import PALETTE, Plot
+from pipeline.report.plots import PALETTE, Plot
 
 DARK = {
     "ink": "#e9e6df", "muted": "#9b9fa6", "grid": "#2d3136", "quiet": "#747982", "sft": "#e5936b", "best": "#d9b256",

@@ -1,12 +1,10 @@
 """Open a model folder as policy, reward model or critic, with LoRA where it is asked for, and save one.
 
-A Qwen3 folder opens as our own GPT (pipeline/gpt.py), which is faster where it counts; any other architecture of
+A Qwen3 folder opens as our own GPT (pipeline/model/gpt.py), which is faster where it counts; any other architecture of
 transformers opens as its stock class. All come in fp32 and in eval mode: autocast chooses the precision of products.
 """
 
-import copy
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +12,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import UserError
-from pipeline.gpt import GPTForCausalLM, GPTForSequenceClassification, GPTModel
-from pipeline.sources import is_local
-from pipeline.tokenizer import check_fits
+from pipeline.model.gpt import GPTForCausalLM, GPTForSequenceClassification, GPTModel
+from pipeline.model.lora import without_wrapper
+from pipeline.text.sources import is_local
+from pipeline.text.tokenizer import check_fits
 
 
 def load_policy(path: str, device: torch.device | str | None = None) -> PreTrainedModel:
@@ -91,59 +89,6 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: Any, path: str) -> None:
 def parameter_count(model: nn.Module) -> int:
     """Parameters, a tied matrix counted once."""
     return sum(p.numel() for p in model.parameters())
-
-
-# --- LoRA -------------------------------------------------------------------------------------------------------------
-
-
-def add_lora(
-    model: PreTrainedModel, r: int = 16, alpha: int = 32, target_modules: Sequence[str] | None = None
-) -> nn.Module:
-    """Freeze a model and add trained low-rank updates W + (alpha/r)·BA beside its matrices (LoRA, arXiv 2106.09685).
-
-    B starts at 0, so nothing changes at first. `target_modules` are the last parts of module names; None: every matrix
-    of the blocks. The head `score` of a classifier is trained whole. Raises UserError if no module has such a name.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        target_modules="all-linear" if target_modules is None else list(target_modules),
-        lora_dropout=0.0,  # PPO has dropout off everywhere
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        task_type="SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM",
-    )
-    try:
-        return get_peft_model(model, config).eval()
-    except ValueError as error:
-        raise UserError(f"LoRA: {' '.join(str(error).split())[:300]}") from None
-
-
-def is_lora(model: nn.Module) -> bool:
-    """Whether peft is wrapped around a model."""
-    return hasattr(model, "get_base_model")
-
-
-def without_wrapper(model: nn.Module) -> nn.Module:
-    """The model of transformers in a peft wrapper: its own modules, the adapter's among them."""
-    return model.get_base_model() if is_lora(model) else model
-
-
-def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters that an optimizer changes, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def save_whole(model: nn.Module, folder: str | Path) -> None:
-    """Write a stock model folder that opens without peft.
-
-    With LoRA the adapter is merged into the weights of a copy, and also kept by itself in the subfolder `adapter`.
-    """
-    if is_lora(model):
-        model.save_pretrained(Path(folder) / "adapter", save_embedding_layers=False)
-        model = copy.deepcopy(model).merge_and_unload()
-    model.save_pretrained(folder)
 
 
 def _load(

@@ -1,12 +1,12 @@
 """What can be set: one dataclass a stage; the text under each field is what `--help` prints.
 
-pipeline/command_line.py fills them from a YAML file and the command line.
+pipeline/runtime/command_line.py fills them from a YAML file and the command line.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipeline.ppo_config import PPOConfig
+from pipeline.ppo.config import PPOConfig
 
 Precision = Literal["auto", "bf16", "no"]
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "warmup_stable_decay"]

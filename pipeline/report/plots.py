@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline.report import Run, policy_title
+from pipeline.report.gather import Run, policy_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -34,14 +34,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 
-from pipeline.arguments import StageArguments
 from pipeline.checkpoint import latest_checkpoint, sha256_of, step_of, write_json
-from pipeline.command_line import ArgumentsT, parse
-from pipeline.cpu import keep_freed_memory
 from pipeline.errors import UserError
-from pipeline.sources import GENERATORS, find_sources, is_local
-
-__all__ = ["Stage", "UserError", "bf16_in_hardware", "run", "use_bf16"]
+from pipeline.model.hardware import keep_freed_memory, use_bf16
+from pipeline.runtime.arguments import StageArguments
+from pipeline.runtime.command_line import ArgumentsT, parse
+from pipeline.text.sources import GENERATORS, find_sources, is_local
 
 console = Console(highlight=False)
 # Fields that change what is shown or kept but not what is computed: a run goes on from its checkpoint all the same.
@@ -101,18 +99,6 @@ def _quiet_libraries() -> None:
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
-
-
-def bf16_in_hardware() -> bool:
-    """Whether the GPU, or without one the CPU, multiplies bfloat16 matrices itself; elsewhere fp32 is faster."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def use_bf16(mixed_precision: str) -> bool:
-    """Resolve the field `mixed_precision`."""
-    return mixed_precision == "bf16" or (mixed_precision == "auto" and bf16_in_hardware())
 
 
 class Stage:

@@ -17,9 +17,9 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 import tyro
 import yaml
 
-from pipeline.arguments import RunArguments
 from pipeline.errors import UserError
-from pipeline.ppo_config import PPOConfig
+from pipeline.ppo.config import PPOConfig
+from pipeline.runtime.arguments import RunArguments
 
 RANGES = {"seed": (0, 2**32), "adam_beta1": (0, 1), "adam_beta2": (0, 1), "weight_decay": (0, math.inf)}
 ArgumentsT = TypeVar("ArgumentsT", bound=RunArguments)

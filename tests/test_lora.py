@@ -1,16 +1,17 @@
-"""LoRA and recomputed blocks: resume, refusals, folders; the models are those of test_models.py."""
+"""LoRA and recomputed blocks: resume, refusals, folders; the models are those of test_load.py."""
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from ppo_tools import policy, same, trainer, weights
 from safetensors.torch import load_file
-from test_models import SHAPES, build, train
+from test_load import SHAPES, build, train
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pipeline.errors import UserError
-from pipeline.gpt import GPTForCausalLM
-from pipeline.models import add_lora, load_critic, load_policy, load_reward, trained_weights, without_wrapper
+from pipeline.model.gpt import GPTForCausalLM
+from pipeline.model.load import load_critic, load_policy, load_reward
+from pipeline.model.lora import add_lora, trained_weights, without_wrapper
 
 
 @pytest.fixture(autouse=True)

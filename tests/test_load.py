@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from pipeline.errors import UserError
-from pipeline.models import add_lora, load_critic, load_policy, trained_weights
+from pipeline.model.load import load_critic, load_policy
+from pipeline.model.lora import add_lora, trained_weights
 
 COMMON = {"vocab_size": 16, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1, "num_labels": 1,
           "initializer_range": 0.2}  # fmt: skip

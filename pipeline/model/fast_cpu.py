@@ -1,6 +1,6 @@
 """The two halves of a block with gradients written by hand, for CPU. Skip this file at first: `gpt.py` says the same.
 
-What is computed is what `gpt.Block` says in plain PyTorch; tests/test_kernels.py holds values and gradients against
+What is computed is what `gpt.Block` says in plain PyTorch; tests/test_fast_cpu.py holds values and gradients against
 it. A training step on CPU whose matrix products run in bf16 is bound by memory, so here queries, keys and values come
 out of one product, gate and up of another, nothing is converted back and forth or stored twice, and attention leaves
 out most of the scores that the causal mask would drop (PyTorch's own is two to three times slower in either precision).

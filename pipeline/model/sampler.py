@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from pipeline.decoder import borrowed
 from pipeline.errors import UserError
-from pipeline.gpt import GPTForCausalLM
+from pipeline.model.decoder import borrowed
+from pipeline.model.gpt import GPTForCausalLM
 
 LOOK = 16  # steps on CUDA from one look at which rows have ended to the next: each makes the host wait for the device
 
@@ -37,6 +37,12 @@ class Samples:
     response_lengths: Tensor
     ended: Tensor
     logprobs: Tensor
+
+    def answers(self) -> list[list[int]]:
+        """Each response as token ids, without its end token."""
+        ends = self.prompt_lengths + self.response_lengths - self.ended.long()
+        spans = zip(self.sequences.tolist(), self.prompt_lengths.tolist(), ends.tolist(), strict=True)
+        return [row[start:end] for row, start, end in spans]
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.packing import document_end
-from pipeline.rewards import text_of
-from pipeline.sampler import generate
-from pipeline.tokenizer import prompt_ids, stop_ids
+from pipeline.model.gpt import GPTForCausalLM
+from pipeline.model.sampler import generate
+from pipeline.text.packing import IGNORED, collate, document_end
+from pipeline.text.tokenizer import answer_texts, prompt_ids, stop_ids
+from reward_data.formats import text_of
 
 # The logits of one forward pass hold at most this many fp32 numbers (128 MiB), whatever the vocabulary.
 LOGITS_PER_FORWARD = 2**25
@@ -74,17 +76,19 @@ def answer(
     ids = policy.encode(prompts)
     responses: list[list[int]] = []
     ended: list[bool] = []
+    texts: list[str] = []
     for start in range(0, len(ids), batch_size):
         samples = generate(
             policy.model, ids[start : start + batch_size], max_new_tokens=max_new_tokens, temperature=temperature,
             eos_token_id=policy.stops, pad_token_id=policy.tokenizer.pad_token_id, generator=generator,
         )  # fmt: skip
-        spans = (samples.sequences, samples.prompt_lengths, samples.response_lengths)
-        for row, first, length in zip(*(span.tolist() for span in spans), strict=True):
+        texts += answer_texts(policy.tokenizer, samples.answers())
+        for row, first, length in zip(
+            samples.sequences.tolist(), samples.prompt_lengths.tolist(), samples.response_lengths.tolist(), strict=True
+        ):
             responses.append(row[first : first + length])
         ended += samples.ended.tolist()
         advance(len(samples.ended))
-    texts = policy.tokenizer.batch_decode(responses, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return Answers(list(prompts), ids, responses, ended, [text.strip() for text in texts] if policy.plain else texts)
 
 
@@ -145,6 +149,30 @@ def bits_per_byte(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
     begin = document_end(tokenizer)  # what a packed document comes after
     nats = -sequence_logprobs(model, [[begin]] * len(ids), ids).sum().item()
     return nats / math.log(2) / sum(len(text.encode()) for text in texts)
+
+
+@torch.no_grad()
+def held_out_nats(
+    model: PreTrainedModel, rows: Dataset, batch_size: int, process: int = 0, processes: int = 1
+) -> tuple[float, int]:
+    """Nats and number of the predicted tokens in this process's share of `rows`.
+
+    Their sums over all processes are exact, whatever the batch size and the number of processes. All processes make
+    equally many forward passes, as sharded models need; where the rows have run out, one is computed and not counted.
+    """
+    nats, tokens = 0.0, 0
+    # All logits at once would take gigabytes; ours need them for no loss, other models know no such argument
+    options = {"logits_to_keep": 1} if isinstance(model, GPTForCausalLM) else {}
+    for start in range(0, len(rows), batch_size * processes):
+        first = start + process * batch_size
+        mine = [rows[i] for i in range(first, min(first + batch_size, len(rows)))]
+        batch = collate(mine or [rows[0]])
+        ids, labels = batch["input_ids"].to(model.device), batch["labels"].to(model.device)
+        loss = model(input_ids=ids, labels=labels, **options).loss
+        if mine:
+            count = int((labels[:, 1:] != IGNORED).sum())
+            nats, tokens = nats + loss.item() * count, tokens + count
+    return nats, tokens
 
 
 # ---- best of n ------------------------------------------------------------------------------------------------------

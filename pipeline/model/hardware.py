@@ -1,4 +1,4 @@
-"""How the CPU is used: memory that is freed stays, and two networks can learn side by side."""
+"""What this machine can do: bfloat16 in hardware, memory that a process keeps, two networks side by side."""
 
 import contextlib
 import ctypes
@@ -63,3 +63,15 @@ def side_by_side(calls: Sequence[Callable[[], ResultT]], at_once: bool) -> list[
             return list(pool.map(inside, calls))
     finally:
         torch.set_num_threads(threads)
+
+
+def bf16_in_hardware() -> bool:
+    """Whether the GPU, or without one the CPU, multiplies bfloat16 matrices itself; elsewhere fp32 is faster."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def use_bf16(mixed_precision: str) -> bool:
+    """Resolve the field `mixed_precision`."""
+    return mixed_precision == "bf16" or (mixed_precision == "auto" and bf16_in_hardware())

@@ -1,4 +1,4 @@
-"""Documents packed into rows of tokens for pretraining, in memory or while they are read, and the exact held-out loss.
+"""Documents packed into rows of tokens for pretraining, in memory or while they are read.
 
 All documents stand end to end, `<|endoftext|>` between them, and are cut into rows of `block_size` tokens. A row begins
 with the token that the row before ends with, and the labels are shifted by one inside the model: so each token but the
@@ -15,13 +15,13 @@ import torch
 from datasets import Dataset
 from numpy.lib.stride_tricks import sliding_window_view
 from torch.utils.data import IterableDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import UserError
-from pipeline.gpt import IGNORED, GPTForCausalLM
-from pipeline.sources import END_OF_TEXT
-from pipeline.tokenizer import encode
+from pipeline.text.sources import END_OF_TEXT
+from pipeline.text.tokenizer import encode
 
+IGNORED = -100  # a label that is not trained on, as everywhere in PyTorch
 TEXTS_AT_ONCE = 1000  # that the tokenizer works on in parallel
 
 
@@ -102,30 +102,6 @@ def collate(rows: Sequence[dict]) -> dict[str, torch.Tensor]:
         ids = torch.as_tensor(row["input_ids"])
         input_ids[i, : len(ids)] = labels[i, : len(ids)] = ids
     return {"input_ids": input_ids, "labels": labels, "row": torch.tensor([row["row"] for row in rows])}
-
-
-@torch.no_grad()
-def held_out_nats(
-    model: PreTrainedModel, rows: Dataset, batch_size: int, process: int = 0, processes: int = 1
-) -> tuple[float, int]:
-    """Nats and number of the predicted tokens in this process's share of `rows`.
-
-    Their sums over all processes are exact, whatever the batch size and the number of processes. All processes make
-    equally many forward passes, as sharded models need; where the rows have run out, one is computed and not counted.
-    """
-    nats, tokens = 0.0, 0
-    # All logits at once would take gigabytes; ours need them for no loss, other models know no such argument
-    options = {"logits_to_keep": 1} if isinstance(model, GPTForCausalLM) else {}
-    for start in range(0, len(rows), batch_size * processes):
-        first = start + process * batch_size
-        mine = [rows[i] for i in range(first, min(first + batch_size, len(rows)))]
-        batch = collate(mine or [rows[0]])
-        ids, labels = batch["input_ids"].to(model.device), batch["labels"].to(model.device)
-        loss = model(input_ids=ids, labels=labels, **options).loss
-        if mine:
-            count = int((labels[:, 1:] != IGNORED).sum())
-            nats, tokens = nats + loss.item() * count, tokens + count
-    return nats, tokens
 
 
 def document_end(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -9,11 +9,9 @@ import pytest
 import torch
 from tiny_models import END_OF_TEXT, END_OF_TURN, tiny_policy, tiny_tokenizer, write_models
 
-from pipeline import evaluate
-from pipeline.arguments import EvaluateArguments
-from pipeline.command_line import resolve
+from pipeline import judging as evaluate
 from pipeline.errors import UserError
-from pipeline.evaluate import (
+from pipeline.judging import (
     Answers,
     Policy,
     answer,
@@ -28,6 +26,8 @@ from pipeline.evaluate import (
     sequence_logprobs,
     win_rate,
 )
+from pipeline.runtime.arguments import EvaluateArguments
+from pipeline.runtime.command_line import resolve
 from reward_data.formats import text_of
 from stages import evaluate as stage
 
@@ -229,7 +229,7 @@ def count_letters(prompts: list, completions: list, **columns: list) -> list[flo
 
 def arguments(run: Path, **changes: object) -> EvaluateArguments:
     settings = {"run_dir": str(run), "num_prompts": 6, "best_of": 4, "max_new_tokens": 12, "batch_size": 16,
-                "gold": "test_evaluate:count_letters", "mixed_precision": "no"}  # fmt: skip
+                "gold": "test_judging:count_letters", "mixed_precision": "no"}  # fmt: skip
     return resolve(EvaluateArguments(**settings | changes))
 
 
@@ -282,7 +282,7 @@ def test_stage_says_which_stage_is_missing(run: Path, tmp_path: Path) -> None:
 
 
 def test_stage_refuses_another_vocabulary(run: Path, tmp_path: Path) -> None:
-    from pipeline.tokenizer import train_tokenizer
+    from pipeline.text.tokenizer import train_tokenizer
 
     tiny_policy(4).save_pretrained(tmp_path / "other")
     train_tokenizer(["zebra quagga okapi"] * 30, 300).save_pretrained(tmp_path / "other")

@@ -26,7 +26,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from pipeline.errors import UserError
-from pipeline.sources import GENERATORS, Row, Source, Split, choose, find_sources, one_line
+from pipeline.text.sources import GENERATORS, Row, Source, Split, choose, find_sources, one_line
 from reward_data import formats
 
 ENDLESS = {"stories"}  # generators that need a size

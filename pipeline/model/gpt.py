@@ -22,7 +22,7 @@ from transformers import initialization as init
 from transformers import modeling_outputs as outputs
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from pipeline import kernels
+from pipeline.model import fast_cpu as kernels
 
 IGNORED = -100  # a label that is not trained on, as everywhere in PyTorch
 LOGITS_PER_CHUNK = 2**25  # the loss holds at most this many fp32 logits at once (128 MiB)

@@ -15,8 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import UserError
-from pipeline.sampler import Samples
-from pipeline.sources import is_local
+from pipeline.text.sources import is_local
 
 PAD, END_OF_TEXT, SYSTEM, USER, ASSISTANT, END_OF_TURN = SPECIAL_TOKENS = (
     "<|pad|>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>",
@@ -155,9 +154,6 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompts: list) -> list[list[i
     return encode(tokenizer, texts, add_special_tokens=False)
 
 
-def response_texts(tokenizer: PreTrainedTokenizerFast, samples: Samples) -> list[str]:
-    """The answers in `samples` as text, special tokens left out."""
-    spans = (samples.sequences, samples.prompt_lengths, samples.response_lengths)
-    rows = zip(*(span.tolist() for span in spans), strict=True)
-    ids = [row[start : start + length] for row, start, length in rows]
-    return tokenizer.batch_decode(ids, skip_special_tokens=True)
+def answer_texts(tokenizer: PreTrainedTokenizerFast, answers: list[list[int]]) -> list[str]:
+    """Answers (ids without their end token) as text, special tokens left out."""
+    return tokenizer.batch_decode(answers, skip_special_tokens=True, clean_up_tokenization_spaces=False)

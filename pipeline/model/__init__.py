@@ -1,0 +1,1 @@
+"""The networks: the GPT from scratch, sampling, optimizers, and opening any model of transformers."""

@@ -1,0 +1,1 @@
+"""What the stages stand on: arguments, the command line, the record of a run, resume, the Trainer's side."""
