@@ -15,16 +15,24 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-PEERS = {"train": "GPT-2 and Qwen3 of transformers", "sample": "generate of transformers", "ppo": "TRL 1.12",
-         "nanogpt": "nanoGPT's CPU recipe, time"}  # fmt: skip
+PEERS = {
+    "train": "GPT-2 and Qwen3 of transformers",
+    "sample": "generate of transformers",
+    "ppo": "TRL 1.12",
+    "nanogpt": "nanoGPT's CPU recipe, time",
+}
 SHAPES = {"ppo": "64 answers of 64 tokens", "nanogpt": "0.8M parameters, to 1.75 nats or less"}
 
 
 def run(name: str, options: list[str]) -> dict:
     """One benchmark's last line."""
     last = ""
-    with subprocess.Popen([sys.executable, "-m", f"benchmarks.{name}", *options], stdout=subprocess.PIPE, text=True,
-                          env=os.environ | {"PYTHONUNBUFFERED": "1"}) as process:  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-m", f"benchmarks.{name}", *options],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    ) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
             last = line.strip() or last

@@ -99,12 +99,21 @@ class NoNorm(nn.Module):
 def build(recipe: Recipe, seed: int) -> GPTForCausalLM:
     """The GPT of `recipe` with random weights."""
     torch.manual_seed(seed)
-    model = GPTForCausalLM(Qwen3Config(
-        vocab_size=recipe.vocabulary, hidden_size=recipe.width, num_hidden_layers=recipe.layers, head_dim=recipe.head,
-        num_attention_heads=recipe.width // recipe.head, num_key_value_heads=recipe.width // recipe.head,
-        intermediate_size=32 * math.ceil(recipe.width * 8 / 3 / 32), max_position_embeddings=2 * TOKENS_PER_ROW,
-        tie_word_embeddings=recipe.tied, pad_token_id=0, use_cache=False,
-    ))  # fmt: skip
+    model = GPTForCausalLM(
+        Qwen3Config(
+            vocab_size=recipe.vocabulary,
+            hidden_size=recipe.width,
+            num_hidden_layers=recipe.layers,
+            head_dim=recipe.head,
+            num_attention_heads=recipe.width // recipe.head,
+            num_key_value_heads=recipe.width // recipe.head,
+            intermediate_size=32 * math.ceil(recipe.width * 8 / 3 / 32),
+            max_position_embeddings=2 * TOKENS_PER_ROW,
+            tie_word_embeddings=recipe.tied,
+            pad_token_id=0,
+            use_cache=False,
+        )
+    )
     if not recipe.qk_norm:
         for block in model.model.layers:
             block.self_attn.q_norm, block.self_attn.k_norm = NoNorm(), NoNorm()
@@ -266,8 +275,13 @@ def report(found: dict[str, dict[int, dict]]) -> dict[str, dict]:
         tokens, parameters = (next(iter(rows.values()))[key] for key in ("tokens", "parameters"))
         shown = " ".join(f"{b:.4f}" for b in bpb)
         print(f"{name:16s} {mean:9.4f}  {difference:+8.4f} {error:6.4f} {tokens:11,d} {parameters:11,d}  {shown}")
-        entries[name] = {"bpb": round(mean, 4), "seeds": [round(b, 4) for b in bpb], "difference": round(difference, 4),
-                         "error": round(error, 4), "tokens": tokens}  # fmt: skip
+        entries[name] = {
+            "bpb": round(mean, 4),
+            "seeds": [round(b, 4) for b in bpb],
+            "difference": round(difference, 4),
+            "error": round(error, 4),
+            "tokens": tokens,
+        }
     return entries
 
 

@@ -16,10 +16,18 @@ Contender = tuple[str, str]  # (who, precision), for example ("ours", "bf16")
 def shape(width: int, *, layers: int = 6, heads: int = 6, positions: int = 256, vocabulary: int = 512) -> Qwen3Config:
     """A tied Qwen3 with a SwiGLU of 8/3 times the width."""
     return Qwen3Config(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, head_dim=width // heads,
-        max_position_embeddings=positions, tie_word_embeddings=True, pad_token_id=0, use_cache=False,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=width * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=width // heads,
+        max_position_embeddings=positions,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        use_cache=False,
+    )
 
 
 def twins(config: Qwen3Config) -> dict[str, torch.nn.Module]:
@@ -64,8 +72,11 @@ def compare(seconds: dict[Contender, list[float]], tokens: int) -> dict:
         return round(statistics.median(slow / fast for slow, fast in rounds), 3)
 
     ours, peers = ([name for name in seconds if (name[0] == "ours") == own] for own in (True, False))
-    result: dict = {"ratio": ratio(fastest(ours), fastest(peers)),
-                    "best": " ".join(fastest(ours)), "best_peer": " ".join(fastest(peers))}  # fmt: skip
+    result: dict = {
+        "ratio": ratio(fastest(ours), fastest(peers)),
+        "best": " ".join(fastest(ours)),
+        "best_peer": " ".join(fastest(peers)),
+    }
     for mode in modes:
         if ("ours", mode) in seconds and (rivals := [name for name in peers if name[1] == mode]):
             result[f"ratio_{mode}"] = ratio(("ours", mode), fastest(rivals))

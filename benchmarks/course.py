@@ -29,11 +29,21 @@ TOKENS, ROWS, VOCABULARY, WIDTH, HEAD = 128, 16, 2048, 128, 32
 
 def gpt(layers: int, heads: int = 4, mlp: bool = True) -> GPTForCausalLM:
     """A GPT of the default preset's width; without `mlp` its MLPs add nothing and learn nothing."""
-    model = GPTForCausalLM(Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=352, num_hidden_layers=layers, head_dim=HEAD,
-        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2 * TOKENS,
-        tie_word_embeddings=True, use_cache=False, pad_token_id=0,
-    ))  # fmt: skip
+    model = GPTForCausalLM(
+        Qwen3Config(
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            intermediate_size=352,
+            num_hidden_layers=layers,
+            head_dim=HEAD,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            max_position_embeddings=2 * TOKENS,
+            tie_word_embeddings=True,
+            use_cache=False,
+            pad_token_id=0,
+        )
+    )
     for block in () if mlp else model.model.layers:
         block.mlp.requires_grad_(False)
         torch.nn.init.zeros_(block.mlp.down_proj.weight)

@@ -41,9 +41,19 @@ class StandIn:
         self.training, self.validation = ids.tensor_split([int(len(ids) * 0.9)])
         torch.manual_seed(0)
         config = GPT2Config(
-            vocab_size=len(alphabet), n_positions=LENGTH, n_embd=128, n_layer=4, n_head=4, activation_function="gelu",
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=None, eos_token_id=None,
-        )  # fmt: skip
+            vocab_size=len(alphabet),
+            n_positions=LENGTH,
+            n_embd=128,
+            n_layer=4,
+            n_head=4,
+            activation_function="gelu",
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            use_cache=False,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
         self.model = GPT2LMHeadModel(config).train()
         matrices = [p for p in self.model.parameters() if p.ndim == 2]
         vectors = [p for p in self.model.parameters() if p.ndim != 2]
@@ -112,8 +122,14 @@ def main(arguments: list[str] | None = None) -> dict:
             run_stage("pretrain", *common, "--output_dir", output, "--seed", str(seed), *extra)
             record = json.loads(Path(output, "stage.json").read_text())
             loss = record["metrics"]["val_nats_per_char"]
-            runs.append({"seed": seed, "nats_per_char": round(loss, 4), "seconds": record["seconds"],
-                         "characters": record["tokens"]})  # fmt: skip
+            runs.append(
+                {
+                    "seed": seed,
+                    "nats_per_char": round(loss, 4),
+                    "seconds": record["seconds"],
+                    "characters": record["tokens"],
+                }
+            )
             print(f"seed {seed}: {loss:.4f} nats a character after {record['seconds']:.1f} s", flush=True)
             stand_in.train(part)
     return report(stand_in, runs)

@@ -40,21 +40,36 @@ def main() -> None:
     words = {f"w{i}": i for i in range(shape["vocabulary"])}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w2")),
-        pad_token="w0", eos_token="w1", unk_token="w2", padding_side="left",
-    )  # fmt: skip
+        pad_token="w0",
+        eos_token="w1",
+        unk_token="w2",
+        padding_side="left",
+    )
     episodes = options.updates * shape["batch"]
     prompts = torch.randint(3, shape["vocabulary"], (episodes, shape["prompt"])).tolist()
     data = Dataset.from_dict({"input_ids": prompts})
     args = PPOConfig(
-        output_dir=tempfile.mkdtemp(), total_episodes=episodes, response_length=shape["response"],
-        per_device_train_batch_size=shape["micro_batch"], num_ppo_epochs=shape["epochs"],
-        gradient_accumulation_steps=shape["batch"] // shape["micro_batch"], num_mini_batches=shape["mini_batches"],
-        local_rollout_forward_batch_size=shape["batch"], temperature=1.0, bf16=options.mode == "bf16",
-        use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False, num_sample_generations=0,
-        save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=1,
-    )  # fmt: skip
-    trainer = PPOTrainer(args, tokenizer, policy, reference, reward, data, critic,
-                         eval_dataset=data.select(range(min(4, episodes))))  # fmt: skip
+        output_dir=tempfile.mkdtemp(),
+        total_episodes=episodes,
+        response_length=shape["response"],
+        per_device_train_batch_size=shape["micro_batch"],
+        num_ppo_epochs=shape["epochs"],
+        gradient_accumulation_steps=shape["batch"] // shape["micro_batch"],
+        num_mini_batches=shape["mini_batches"],
+        local_rollout_forward_batch_size=shape["batch"],
+        temperature=1.0,
+        bf16=options.mode == "bf16",
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=False,
+        num_sample_generations=0,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        logging_steps=1,
+    )
+    trainer = PPOTrainer(
+        args, tokenizer, policy, reference, reward, data, critic, eval_dataset=data.select(range(min(4, episodes)))
+    )
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start

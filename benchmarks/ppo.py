@@ -101,15 +101,24 @@ def ours(mode: str, updates: int, shape: dict[str, int], trunk: bool = False) ->
         reward.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         args = PPOConfig(
-            output_dir=folder, mixed_precision=precision, total_episodes=updates * shape["batch"],
-            batch_size=shape["batch"], num_mini_batches=shape["mini_batches"], num_ppo_epochs=shape["epochs"],
-            per_device_train_batch_size=shape["micro_batch"], response_length=shape["response"],
-            critic_warmup_updates=0, save_steps=0, logging_steps=10**6, share_trunk=trunk,
-        )  # fmt: skip
+            output_dir=folder,
+            mixed_precision=precision,
+            total_episodes=updates * shape["batch"],
+            batch_size=shape["batch"],
+            num_mini_batches=shape["mini_batches"],
+            num_ppo_epochs=shape["epochs"],
+            per_device_train_batch_size=shape["micro_batch"],
+            response_length=shape["response"],
+            critic_warmup_updates=0,
+            save_steps=0,
+            logging_steps=10**6,
+            share_trunk=trunk,
+        )
         rows = [{"prompt": " ".join(f"w{token}" for token in row)} for row in ids]
         judge = RewardModel(folder, mixed_precision=precision, batch_size=shape["batch"])
-        trainer = PPOTrainer(policy, None, judge, None if trunk else critic, args, rows, processing_class=tokenizer,
-                             callbacks=[account])  # fmt: skip
+        trainer = PPOTrainer(
+            policy, None, judge, None if trunk else critic, args, rows, processing_class=tokenizer, callbacks=[account]
+        )
         final = trainer.train()
     assert shape is FLAT or trainer.tokens == updates * shape["batch"] * shape["response"]
     return {
@@ -145,11 +154,14 @@ def flat(mode: str, updates: int) -> dict[str, Any]:
         print(f"tenth {number:2d}  {update:.3f} s an update  {megabytes:,.0f} MB")
     second = min(1, len(tenths) - 1)  # the first tenth has what is done once
     return {
-        "benchmark": "ppo-flat", "mode": mode, "updates": len(seen),
+        "benchmark": "ppo-flat",
+        "mode": mode,
+        "updates": len(seen),
         "ratio": round(seconds[-1] / seconds[second], 3),
         "memory_ratio": round(memory[-1] / memory[second], 3),
-        "seconds": seconds, "memory_mb": memory,
-    }  # fmt: skip
+        "seconds": seconds,
+        "memory_mb": memory,
+    }
 
 
 def compare(runs: list[dict[tuple[str, str], dict[str, Any]]]) -> dict[str, Any]:
@@ -199,8 +211,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
             for who, run in order if number % 2 == 0 else order[::-1]:
                 found[who, mode] = run(mode, updates, options.quick)
                 line = found[who, mode]
-                print(f"round {number + 1}  {line['who']:15s} {mode}  {line['episodes_per_s']:6.2f} episodes/s  "
-                      f"peak {line['peak_memory_mb']:,} MB", flush=True)  # fmt: skip
+                print(
+                    f"round {number + 1}  {line['who']:15s} {mode}  {line['episodes_per_s']:6.2f} episodes/s  "
+                    f"peak {line['peak_memory_mb']:,} MB",
+                    flush=True,
+                )
         runs.append(found)
 
     print("\nwhere our time goes")

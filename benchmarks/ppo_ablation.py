@@ -64,10 +64,26 @@ def train(name: str, run: Path, options: argparse.Namespace) -> list[dict[str, f
     if not record.exists():
         updates = 4 if name in CURVES else 10**6
         command = [
-            sys.executable, "-m", "stages.ppo", "--config", options.config, "--run_dir", run, "--output_dir", folder,
-            "--seed", seed, "--eval_size", options.prompts, "--eval_steps", updates, "--best_metric", "none",
-            *CHANGES[name], *(["--total_episodes", options.episodes] if options.episodes else []),
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "stages.ppo",
+            "--config",
+            options.config,
+            "--run_dir",
+            run,
+            "--output_dir",
+            folder,
+            "--seed",
+            seed,
+            "--eval_size",
+            options.prompts,
+            "--eval_steps",
+            updates,
+            "--best_metric",
+            "none",
+            *CHANGES[name],
+            *(["--total_episodes", options.episodes] if options.episodes else []),
+        ]
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"error: {name}, {run}: {done.stderr.strip()[-600:]}")
@@ -99,8 +115,12 @@ def report(found: dict[str, dict[str, list[dict[str, float]]]]) -> dict[str, Any
             f"{means['kl']:12.2f} {means['length']:6.1f} {means['distinct_2']:9.2f}    "
             + " ".join(f"{value:.3f}" for value in gold)
         )
-        entries[name] = {"gold": [round(value, 4) for value in gold], "difference": round(statistics.mean(paired), 4),
-                         "error": round(error, 4), "gain": round(gain, 4)}  # fmt: skip
+        entries[name] = {
+            "gold": [round(value, 4) for value in gold],
+            "difference": round(statistics.mean(paired), 4),
+            "error": round(error, 4),
+            "gain": round(gain, 4),
+        }
         entries[name] |= {key: round(value, 3) for key, value in means.items()}
     return entries
 
@@ -135,8 +155,14 @@ def best_of_n(run: Path, options: argparse.Namespace) -> list[dict[str, float]]:
     asked = [prompt for prompt in prompts for _ in range(most)]
     columns = {name: [value for value in values for _ in range(most)] for name, values in rows.items()}
     with torch.autocast("cpu", torch.bfloat16, enabled=use_bf16("auto")):
-        texts = answer(policy, asked, max_new_tokens=64, temperature=1.0, batch_size=256,
-                       generator=torch.Generator().manual_seed(seed_of(run))).texts  # fmt: skip
+        texts = answer(
+            policy,
+            asked,
+            max_new_tokens=64,
+            temperature=1.0,
+            batch_size=256,
+            generator=torch.Generator().manual_seed(seed_of(run)),
+        ).texts
     scores = {"proxy": proxy(asked, texts), "gold": gold(asked, texts, **columns)}
     points = []
     for n in BEST_OF:
@@ -164,8 +190,16 @@ def draw(curves: dict[str, dict[str, list[dict[str, float]]]], file: Path) -> No
         for number, (name, runs) in enumerate(curves.items()):
             for i, points in enumerate(runs.values()):
                 places = [math.sqrt(max(0.0, point["eval/kl"])) for point in points]
-                axis.plot(places, [point[f"eval/{metric}"] for point in points], color=f"C{number}", linewidth=1.2,
-                          alpha=0.8, marker=".", markersize=3, label=None if i else name)  # fmt: skip
+                axis.plot(
+                    places,
+                    [point[f"eval/{metric}"] for point in points],
+                    color=f"C{number}",
+                    linewidth=1.2,
+                    alpha=0.8,
+                    marker=".",
+                    markersize=3,
+                    label=None if i else name,
+                )
         axis.set(title=title, xlabel="√KL(policy ‖ SFT), KL in nats an answer")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.2)
@@ -192,8 +226,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for name in dict.fromkeys([BASE, *wanted]):
         for run in options.runs:
             rows = found.setdefault(name, {})[run.name] = train(name, run, options)
-            print(f"{name:28s} {run.name}  gold {rows[0]['eval/gold']:.3f} → {rows[-1]['eval/gold']:.3f}  "
-                  f"KL {rows[-1]['eval/kl']:.2f}", flush=True)  # fmt: skip
+            print(
+                f"{name:28s} {run.name}  gold {rows[0]['eval/gold']:.3f} → {rows[-1]['eval/gold']:.3f}  "
+                f"KL {rows[-1]['eval/kl']:.2f}",
+                flush=True,
+            )
     line = {"benchmark": "ppo-ablation", "contenders": report(found)}
     base = found[BASE].values()
     line["ratio"] = round(

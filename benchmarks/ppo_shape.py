@@ -1,8 +1,18 @@
 """The shape at which PPO is timed; it imports nothing, so that the peer's process can read it beside another TRL."""
 
 # 64 answers an update, 4 passes of 4 mini-batches, micro-batches of 16
-FULL = {"width": 192, "layers": 6, "heads": 6, "vocabulary": 512, "prompt": 32, "response": 64, "batch": 64,
-        "epochs": 4, "mini_batches": 4, "micro_batch": 16}  # fmt: skip
+FULL = {
+    "width": 192,
+    "layers": 6,
+    "heads": 6,
+    "vocabulary": 512,
+    "prompt": 32,
+    "response": 64,
+    "batch": 64,
+    "epochs": 4,
+    "mini_batches": 4,
+    "micro_batch": 16,
+}
 # The same structure in seconds, to see that the benchmark runs; its ratio means nothing
 QUICK = FULL | {"width": 32, "layers": 1, "heads": 2, "prompt": 8, "response": 8, "batch": 8, "micro_batch": 1}
 # For 500 updates in two minutes: small, and answers end at the end token, so that no two updates have the same shapes

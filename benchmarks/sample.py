@@ -35,9 +35,13 @@ def ours(model: torch.nn.Module, prompts: torch.Tensor, new: int, mode: str) -> 
 
 
 def theirs(
-    model: torch.nn.Module, prompts: torch.Tensor, new: int, autocast: bool = False, cache: str | None = None,
+    model: torch.nn.Module,
+    prompts: torch.Tensor,
+    new: int,
+    autocast: bool = False,
+    cache: str | None = None,
     compiled: bool = False,
-) -> Callable[[], None]:  # fmt: skip
+) -> Callable[[], None]:
     config = GenerationConfig(
         max_new_tokens=new, min_new_tokens=new, do_sample=True, top_k=0, pad_token_id=0, cache_implementation=cache
     )

@@ -21,20 +21,26 @@ from pipeline.model.flops import flops_per_token, matmul_peak
 from pipeline.runtime.hf_trainer import why_not_compile
 
 # name: config, batch, tokens a row
-SHAPES = {
-    "6L d192 T128 B32": (shape(192), 32, 128),
-    "6L d384 T256 B16": (shape(384), 16, 256),
-}
+SHAPES = {"6L d192 T128 B32": (shape(192), 32, 128), "6L d384 T256 B16": (shape(384), 16, 256)}
 QUICK = {"2L d64 T32 B4": (shape(64, layers=2, heads=2), 4, 32)}
 
 
 def contenders(config: Qwen3Config) -> dict[str, torch.nn.Module]:
     """Ours, Qwen3 and a GPT-2 of the same depth and width (its MLP has two matrices of four times the width)."""
     gpt2 = GPT2Config(
-        vocab_size=config.vocab_size, n_embd=config.hidden_size, n_layer=config.num_hidden_layers,
-        n_head=config.num_attention_heads, n_positions=config.max_position_embeddings, bos_token_id=0, eos_token_id=0,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, loss_type="ForCausalLM",
-    )  # fmt: skip
+        vocab_size=config.vocab_size,
+        n_embd=config.hidden_size,
+        n_layer=config.num_hidden_layers,
+        n_head=config.num_attention_heads,
+        n_positions=config.max_position_embeddings,
+        bos_token_id=0,
+        eos_token_id=0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+        loss_type="ForCausalLM",
+    )
     both = twins(config)
     return {"ours": both["ours"], "qwen3": both["transformers"], "gpt2": GPT2LMHeadModel(gpt2)}
 

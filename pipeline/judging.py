@@ -69,9 +69,15 @@ def plain_text(prompt: Any) -> str:
 
 
 def answer(
-    policy: Policy, prompts: list[Any], *, max_new_tokens: int, temperature: float, batch_size: int,
-    generator: torch.Generator | None = None, advance: Callable[[int], None] = lambda n: None,
-) -> Answers:  # fmt: skip
+    policy: Policy,
+    prompts: list[Any],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    batch_size: int,
+    generator: torch.Generator | None = None,
+    advance: Callable[[int], None] = lambda n: None,
+) -> Answers:
     """Sample one answer to each prompt; `advance` is told how many are done. Raises UserError as the sampler does."""
     ids = policy.encode(prompts)
     responses: list[list[int]] = []
@@ -79,9 +85,14 @@ def answer(
     texts: list[str] = []
     for start in range(0, len(ids), batch_size):
         samples = generate(
-            policy.model, ids[start : start + batch_size], max_new_tokens=max_new_tokens, temperature=temperature,
-            eos_token_id=policy.stops, pad_token_id=policy.tokenizer.pad_token_id, generator=generator,
-        )  # fmt: skip
+            policy.model,
+            ids[start : start + batch_size],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            eos_token_id=policy.stops,
+            pad_token_id=policy.tokenizer.pad_token_id,
+            generator=generator,
+        )
         texts += answer_texts(policy.tokenizer, samples.answers())
         for row, first, length in zip(
             samples.sequences.tolist(), samples.prompt_lengths.tolist(), samples.response_lengths.tolist(), strict=True
@@ -235,9 +246,14 @@ class Verdict:
 
 
 def judge(
-    answers: Answers, *, proxy: list[float], gold: Judge | None, kl: float,
-    fluency: Callable[[list[str]], float | None], seed: int = 0,
-) -> Verdict:  # fmt: skip
+    answers: Answers,
+    *,
+    proxy: list[float],
+    gold: Judge | None,
+    kl: float,
+    fluency: Callable[[list[str]], float | None],
+    seed: int = 0,
+) -> Verdict:
     """Put a policy's answers to the gold judge and count the rest. `fluency` gives the bits per byte of texts."""
     scores = gold(answers.prompts, answers.texts) if gold else None
     figures = {

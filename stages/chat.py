@@ -71,9 +71,14 @@ class Chat:
         room = getattr(self.model.config, "max_position_embeddings", None)
         new = self.max_new_tokens if room is None else min(self.max_new_tokens, room - len(ids))
         tokens = stream(
-            self.model, ids, max_new_tokens=new, temperature=self.sampling.temperature, top_p=self.sampling.top_p,
-            eos_token_id=stop_ids(self.model, self.tokenizer), generator=self.generator,
-        )  # fmt: skip
+            self.model,
+            ids,
+            max_new_tokens=new,
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
+            eos_token_id=stop_ids(self.model, self.tokenizer),
+            generator=self.generator,
+        )
         said = ""
         for piece in stream_text(tokens, self.tokenizer):
             said += piece

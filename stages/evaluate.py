@@ -74,8 +74,14 @@ def load_policies(names: dict[str, str], stage: runtime.Stage) -> dict[str, Poli
     return policies
 
 
-def judge_all(args: EvaluateArguments, stage: runtime.Stage, policies: dict[str, Policy], prompts: list, proxy: Judge,
-              gold: Judge | None) -> dict[str, Verdict]:  # fmt: skip
+def judge_all(
+    args: EvaluateArguments,
+    stage: runtime.Stage,
+    policies: dict[str, Policy],
+    prompts: list,
+    proxy: Judge,
+    gold: Judge | None,
+) -> dict[str, Verdict]:
     """Verdicts of pretrain, sft, best_of_<n> and ppo, in this order."""
     sft, pretrained = policies["sft"], policies["pretrain"]
     fluency = partial(bits_per_byte, pretrained.model, pretrained.tokenizer)
@@ -88,9 +94,14 @@ def judge_all(args: EvaluateArguments, stage: runtime.Stage, policies: dict[str,
             generator = torch.Generator(stage.device).manual_seed(1000 * args.seed + number)
             with stage.dtype_autocast():
                 answers: Answers = answer(
-                    policy, asked, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                    batch_size=args.batch_size, generator=generator, advance=advance,
-                )  # fmt: skip
+                    policy,
+                    asked,
+                    max_new_tokens=args.max_new_tokens,
+                    temperature=args.temperature,
+                    batch_size=args.batch_size,
+                    generator=generator,
+                    advance=advance,
+                )
             scores = proxy(answers.prompts, answers.texts)
             if name in policies:
                 kl = 0.0 if policy is sft else sequence_kl(policy, sft, answers, args.temperature)

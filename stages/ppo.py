@@ -12,9 +12,23 @@ from pipeline.runtime.arguments import PPOArguments
 from pipeline.text import data
 from pipeline.text.tokenizer import load_tokenizer
 
-SHOWN = ("step", "episode", "objective/scores", "objective/kl", "objective/entropy", "response/length",
-         "policy/approxkl_avg", "val/explained_variance", "episodes_per_s",
-         "eval/proxy", "eval/gold", "eval/win_rate", "eval/kl", "eval/length", "seconds_left")  # fmt: skip
+SHOWN = (
+    "step",
+    "episode",
+    "objective/scores",
+    "objective/kl",
+    "objective/entropy",
+    "response/length",
+    "policy/approxkl_avg",
+    "val/explained_variance",
+    "episodes_per_s",
+    "eval/proxy",
+    "eval/gold",
+    "eval/win_rate",
+    "eval/kl",
+    "eval/length",
+    "seconds_left",
+)
 """What a line on the screen has room for; metrics.jsonl has everything."""
 
 

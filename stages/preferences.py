@@ -69,10 +69,14 @@ def sample_and_label(args: PreferencesArguments, stage: runtime.Stage) -> dict[s
                 batch = [prompts[i] for i in indices]
                 with stage.dtype_autocast():
                     samples = generate(
-                        policy, prompt_ids(tokenizer, batch), max_new_tokens=args.max_new_tokens,
-                        temperature=args.temperature, eos_token_id=stop_ids(policy, tokenizer),
-                        pad_token_id=tokenizer.pad_token_id, generator=generator,
-                    )  # fmt: skip
+                        policy,
+                        prompt_ids(tokenizer, batch),
+                        max_new_tokens=args.max_new_tokens,
+                        temperature=args.temperature,
+                        eos_token_id=stop_ids(policy, tokenizer),
+                        pad_token_id=tokenizer.pad_token_id,
+                        generator=generator,
+                    )
                 texts = answer_texts(tokenizer, samples.answers())
                 answers = [answer_to(prompt, text) for prompt, text in zip(batch, texts, strict=True)]
                 beside = {name: [values[i] for i in indices] for name, values in columns.items()}
@@ -82,8 +86,15 @@ def sample_and_label(args: PreferencesArguments, stage: runtime.Stage) -> dict[s
     return splits
 
 
-def pair_up(prompts: list, texts: list[str], scores: list[float], num_generations: int, beta: float, min_gap: float,
-            coin: random.Random) -> list[dict]:  # fmt: skip
+def pair_up(
+    prompts: list,
+    texts: list[str],
+    scores: list[float],
+    num_generations: int,
+    beta: float,
+    min_gap: float,
+    coin: random.Random,
+) -> list[dict]:
     """All pairs of answers to one prompt, as InstructGPT's labellers rank them (2203.02155, section 3.5).
 
     P(better is chosen) = σ(β·gap) (Bradley & Terry 1952); gaps up to `min_gap` are ties and dropped.
@@ -98,12 +109,16 @@ def pair_up(prompts: list, texts: list[str], scores: list[float], num_generation
                 continue
             flipped = coin.random() >= 1 / (1 + math.exp(-min(beta * gap, 700)))
             chosen, rejected = (worse, better) if flipped else (better, worse)
-            rows.append({
-                "prompt": prompts[a],
-                "chosen": answer_to(prompts[a], texts[chosen]),
-                "rejected": answer_to(prompts[a], texts[rejected]),
-                "chosen_score": scores[chosen], "rejected_score": scores[rejected], "flipped": flipped,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "prompt": prompts[a],
+                    "chosen": answer_to(prompts[a], texts[chosen]),
+                    "rejected": answer_to(prompts[a], texts[rejected]),
+                    "chosen_score": scores[chosen],
+                    "rejected_score": scores[rejected],
+                    "flipped": flipped,
+                }
+            )
     return rows
 
 

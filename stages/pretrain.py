@@ -35,8 +35,7 @@ BIGRAM_ROWS = 20_000  # of a stream, to fit the bigram on
 
 def main(args: PretrainArguments) -> None:
     """Pack documents into rows, train on next tokens, report held-out bits per byte beside a bigram's."""
-    inputs = {"tokenizer": args.tokenizer_name_or_path, "model": args.model_name_or_path,
-              "dataset": args.dataset}  # fmt: skip
+    inputs = {"tokenizer": args.tokenizer_name_or_path, "model": args.model_name_or_path, "dataset": args.dataset}
     stage = runtime.Stage(args, "pretrain", inputs)
     settings = {**training_kwargs(args, stage), "remove_unused_columns": False}  # the guard wants the rows' numbers
     tokenizer = load_tokenizer(args.tokenizer_name_or_path)
@@ -47,8 +46,11 @@ def main(args: PretrainArguments) -> None:
         stage.say(f"torch.compile does not work here ({reason}): training goes on without it")
 
     def held_out_figures(loss: float) -> dict[str, float]:
-        return {"val_loss": loss, "val_bpb": bits_per_byte(loss, held_out.tokens, held_out.bytes),
-                "val_nats_per_char": loss * held_out.tokens / held_out.characters}  # fmt: skip
+        return {
+            "val_loss": loss,
+            "val_bpb": bits_per_byte(loss, held_out.tokens, held_out.bytes),
+            "val_nats_per_char": loss * held_out.tokens / held_out.characters,
+        }
 
     def translate(row: dict) -> dict:
         if "eval_loss" in row:
@@ -58,10 +60,14 @@ def main(args: PretrainArguments) -> None:
         return row
 
     trainer = PretrainTrainer(
-        model=model, train_dataset=training if args.streaming else training.rows, eval_dataset=held_out.rows,
+        model=model,
+        train_dataset=training if args.streaming else training.rows,
+        eval_dataset=held_out.rows,
         args=TrainingArguments(**settings, torch_compile=args.torch_compile and not reason),
-        data_collator=collate, processing_class=tokenizer, optimizer_cls_and_kwargs=optimizer_kwargs(args),
-    )  # fmt: skip
+        data_collator=collate,
+        processing_class=tokenizer,
+        optimizer_cls_and_kwargs=optimizer_kwargs(args),
+    )
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * trainer.args.world_size
     tokens = rows_per_step * (args.block_size - 1) * args.max_steps
     callback = StageCallback(stage, tokens / args.max_steps, translate, peak_tokens_per_s(args, trainer))
@@ -102,8 +108,9 @@ class PretrainTrainer(Trainer):
 def load(args: PretrainArguments, tokenizer: object) -> tuple[Packed | StreamedRows, Packed]:
     """Training and held-out text in rows of tokens; no held-out document is in the training text."""
     where = {"seed": args.seed, "text_column": args.text_column}
-    texts = data.load_texts(args.dataset, split="validation", max_bytes=args.validation_bytes,
-                            streaming=args.streaming, **where)  # fmt: skip
+    texts = data.load_texts(
+        args.dataset, split="validation", max_bytes=args.validation_bytes, streaming=args.streaming, **where
+    )
     held_out = pack(texts, tokenizer, args.block_size)
     where |= {"split": "train", "max_bytes": args.max_bytes, "without": {data.document_key(text) for text in texts}}
     if args.streaming:
@@ -123,13 +130,24 @@ def build_model(args: PretrainArguments, tokenizer: object) -> torch.nn.Module:
         raise UserError(f"block_size {args.block_size} is longer than max_position_embeddings {limit}")
     if args.num_attention_heads % args.num_key_value_heads:
         raise UserError("num_attention_heads must be a multiple of num_key_value_heads")
-    shape = ("max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "head_dim", "intermediate_size")  # fmt: skip
+    shape = (
+        "max_position_embeddings",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "intermediate_size",
+    )
     config = Qwen3Config(
-        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=True, use_cache=False, **{name: getattr(args, name) for name in shape},
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+        use_cache=False,
+        **{name: getattr(args, name) for name in shape},
         rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
-    )  # fmt: skip
+    )
     return GPTForCausalLM(config).train()
 
 

@@ -33,9 +33,13 @@ def main(args: RewardArguments) -> None:
     config = RewardConfig(**training_kwargs(args, stage), max_length=args.max_length)
     names = ["prompt", "chosen", "rejected"]  # the scores that made the labels stay out of sight
     trainer = RewardTrainer(
-        model=model, args=config, train_dataset=rows.select_columns(names), eval_dataset=held_out.select_columns(names),
-        processing_class=tokenizer, optimizer_cls_and_kwargs=optimizer_kwargs(args),
-    )  # fmt: skip
+        model=model,
+        args=config,
+        train_dataset=rows.select_columns(names),
+        eval_dataset=held_out.select_columns(names),
+        processing_class=tokenizer,
+        optimizer_cls_and_kwargs=optimizer_kwargs(args),
+    )
     attach(trainer, StageCallback(stage))
     train(trainer, stage)
     save_model(trainer, stage)
@@ -53,8 +57,10 @@ def check_lengths(args: RewardArguments, tokenizer: object, splits: dict[str, Da
         for side in ("chosen", "rejected"):
             for first in range(0, rows.num_rows, 1000):
                 part = rows[first : first + 1000]
-                chats = [tokenizer.apply_chat_template(p + a, tokenize=False) if isinstance(p, list) else p + a
-                         for p, a in zip(part["prompt"], part[side], strict=True)]  # fmt: skip
+                chats = [
+                    tokenizer.apply_chat_template(p + a, tokenize=False) if isinstance(p, list) else p + a
+                    for p, a in zip(part["prompt"], part[side], strict=True)
+                ]
                 for i, ids in enumerate(tokenizer(chats, add_special_tokens=False)["input_ids"]):
                     if len(ids) >= args.max_length:
                         raise UserError(

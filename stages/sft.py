@@ -32,8 +32,9 @@ def main(args: SFTArguments) -> None:
     stage.finish(metrics, tokens=int(trainer.state.num_input_tokens_seen) or None)
 
 
-def build_trainer(args: SFTArguments, stage: runtime.Stage, model: object, tokenizer: object, rows: Dataset,
-                  held_out: Dataset) -> SFTTrainer:  # fmt: skip
+def build_trainer(
+    args: SFTArguments, stage: runtime.Stage, model: object, tokenizer: object, rows: Dataset, held_out: Dataset
+) -> SFTTrainer:
     """SFTTrainer with the loss on the answer alone, for `messages` as for `prompt` and `completion`."""
     chat = "messages" in rows.column_names
     if chat or isinstance(rows[0]["prompt"], list):
@@ -41,16 +42,25 @@ def build_trainer(args: SFTArguments, stage: runtime.Stage, model: object, token
     if END_OF_TURN in tokenizer.get_vocab():
         tokenizer.eos_token = END_OF_TURN
     config = SFTConfig(
-        **training_kwargs(args, stage), max_length=args.max_length, packing=False, assistant_only_loss=chat,
-        completion_only_loss=not chat, dataset_num_proc=None, include_num_input_tokens_seen=True,
+        **training_kwargs(args, stage),
+        max_length=args.max_length,
+        packing=False,
+        assistant_only_loss=chat,
+        completion_only_loss=not chat,
+        dataset_num_proc=None,
+        include_num_input_tokens_seen=True,
         # Not by trainer.evaluate() before train(): the Trainer then takes the model as prepared, never wraps it in
         # DistributedDataParallel, and two processes train two models.
         eval_on_start=stage.resume_from is None,
-    )  # fmt: skip
+    )
     return SFTTrainer(
-        model=model, args=config, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer,
+        model=model,
+        args=config,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
         optimizer_cls_and_kwargs=optimizer_kwargs(args),
-    )  # fmt: skip
+    )
 
 
 def check_kept(args: SFTArguments, stage: runtime.Stage, trainer: SFTTrainer, given: dict[str, int]) -> int:
@@ -61,11 +71,15 @@ def check_kept(args: SFTArguments, stage: runtime.Stage, trainer: SFTTrainer, gi
     left = {"training": len(trainer.train_dataset), "held-out": len(trainer.eval_dataset)}
     for name, rows in given.items():
         if left[name] == 0:
-            raise UserError(f"sft: of none of the {rows} {name} rows the answer begins within max_length "
-                            f"{args.max_length} tokens; raise max_length")  # fmt: skip
+            raise UserError(
+                f"sft: of none of the {rows} {name} rows the answer begins within max_length "
+                f"{args.max_length} tokens; raise max_length"
+            )
         if left[name] < rows:
-            stage.say(f"{rows - left[name]} of {rows} {name} rows are left out: their answers begin beyond max_length "
-                      f"{args.max_length}")  # fmt: skip
+            stage.say(
+                f"{rows - left[name]} of {rows} {name} rows are left out: their answers begin beyond max_length "
+                f"{args.max_length}"
+            )
     return left["training"]
 
 

@@ -87,13 +87,35 @@ def settings(tmp_path, **changes):
     return PPOConfig(**values | changes)
 
 
-def trainer(tmp_path, *, models=None, rewards=count_t7, rows=None, words=None, reference=None, gold=None,
-            eval_rows=None, callbacks=None, ptx_dataset=None, **changes):  # fmt: skip
+def trainer(
+    tmp_path,
+    *,
+    models=None,
+    rewards=count_t7,
+    rows=None,
+    words=None,
+    reference=None,
+    gold=None,
+    eval_rows=None,
+    callbacks=None,
+    ptx_dataset=None,
+    **changes,
+):
     """A PPOTrainer of tiny parts that keeps its log in `trainer.rows`."""
     actor, judge = models or (policy(), None if changes.get("share_trunk") else critic())
-    made = PPOTrainer(actor, reference, rewards, judge, settings(tmp_path, **changes), rows or prompts(), eval_rows,
-                      words or tokenizer(), gold=gold, callbacks=callbacks,
-                      ptx_dataset=ptx_dataset)  # fmt: skip
+    made = PPOTrainer(
+        actor,
+        reference,
+        rewards,
+        judge,
+        settings(tmp_path, **changes),
+        rows or prompts(),
+        eval_rows,
+        words or tokenizer(),
+        gold=gold,
+        callbacks=callbacks,
+        ptx_dataset=ptx_dataset,
+    )
     made.rows = []
     made.log = lambda metrics: made.rows.append({"step": made.updates_done, **metrics})
     return made

@@ -13,10 +13,15 @@ from pipeline.runtime.command_line import parse
 
 ROOT = Path(__file__).parent.parent
 STAGE_ARGUMENTS = {
-    "tokenizer": A.TokenizerArguments, "pretrain": A.PretrainArguments, "sft": A.SFTArguments,
-    "preferences": A.PreferencesArguments, "reward": A.RewardArguments, "ppo": A.PPOArguments,
-    "evaluate": A.EvaluateArguments, "report": A.ReportArguments,
-}  # fmt: skip
+    "tokenizer": A.TokenizerArguments,
+    "pretrain": A.PretrainArguments,
+    "sft": A.SFTArguments,
+    "preferences": A.PreferencesArguments,
+    "reward": A.RewardArguments,
+    "ppo": A.PPOArguments,
+    "evaluate": A.EvaluateArguments,
+    "report": A.ReportArguments,
+}
 
 
 def config(tmp_path: Path, text: str) -> str:

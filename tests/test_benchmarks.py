@@ -60,8 +60,14 @@ def test_course_runs_and_ends_in_a_json_line(capsys):
 
 def test_one_table_of_all(capsys):
     figures = {"ratio": 1.234, "ratio_fp32": 1.1}
-    benchmarks.show({"train": {"shapes": {"wide": figures, "narrow": figures}}, "sample": {"shapes": {"one": figures}},
-                     "ppo": figures | {"ratio_one_trunk": 3.21}, "nanogpt": {"ratio": 1.18}})  # fmt: skip
+    benchmarks.show(
+        {
+            "train": {"shapes": {"wide": figures, "narrow": figures}},
+            "sample": {"shapes": {"one": figures}},
+            "ppo": figures | {"ratio_one_trunk": 3.21},
+            "nanogpt": {"ratio": 1.18},
+        }
+    )
     shown = capsys.readouterr().out
     assert all(part in shown for part in ("wide", "narrow", "1.23", "1.10", "one trunk", "3.21", "1.18"))
 

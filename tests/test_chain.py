@@ -26,8 +26,17 @@ def record(folder: Path) -> dict:
 
 
 def command(stage: str, run: Path, output: Path, *words: str) -> list[str]:
-    return ["-m", f"stages.{stage}", "--config", f"configs/smoke/{stage}.yaml", "--run_dir", str(run),
-            "--output_dir", str(output), *words]  # fmt: skip
+    return [
+        "-m",
+        f"stages.{stage}",
+        "--config",
+        f"configs/smoke/{stage}.yaml",
+        "--run_dir",
+        str(run),
+        "--output_dir",
+        str(output),
+        *words,
+    ]
 
 
 def test_every_stage_leaves_its_files(smoke: Path) -> None:
@@ -127,16 +136,21 @@ def test_killed_and_started_again_gives_the_same_weights(smoke: Path, tmp_path: 
     assert done.returncode == 0, done.stderr[-2000:]
     assert "going on from" in done.stdout
     assert sha256_of(output / "model.safetensors") == sha256_of(smoke / stage / "model.safetensors")
-    lines, whole = ([json.loads(s)["step"] for s in (f / "metrics.jsonl").read_text().splitlines()]
-                    for f in (output, smoke / stage))  # fmt: skip
+    lines, whole = (
+        [json.loads(s)["step"] for s in (f / "metrics.jsonl").read_text().splitlines()] for f in (output, smoke / stage)
+    )
     assert lines == whole, "a resumed run leaves the same lines as an uninterrupted one"
 
 
 HALF_BATCH = {"pretrain": "16", "sft": "16", "reward": "8", "ppo": "4"}
 # Two processes that each train alone are off by 0.1 (sft) and 0.4 (reward). PPO's processes draw other samples than one
 # does: here only its folder and count are compared, test_ppo_trainer.py holds its gradients equal.
-FIGURE = {"pretrain": ("val_loss", 0.03), "sft": ("eval_loss", 0.03), "reward": ("reward_mean", 0.02),
-          "ppo": ("episodes", 0)}  # fmt: skip
+FIGURE = {
+    "pretrain": ("val_loss", 0.03),
+    "sft": ("eval_loss", 0.03),
+    "reward": ("reward_mean", 0.02),
+    "ppo": ("episodes", 0),
+}
 
 
 @pytest.mark.parametrize("stage", TRAINED)

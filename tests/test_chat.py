@@ -34,9 +34,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def chat_of(tokenizer: PreTrainedTokenizerFast, **changes: object) -> Chat:
-    settings = {"model": tiny_policy(1, [END_OF_TURN, END_OF_TEXT]), "tokenizer": tokenizer, "raw": False,
-                "history": False, "sampling": Sampling(1.0), "max_new_tokens": 30,
-                "generator": torch.Generator().manual_seed(0)}  # fmt: skip
+    settings = {
+        "model": tiny_policy(1, [END_OF_TURN, END_OF_TEXT]),
+        "tokenizer": tokenizer,
+        "raw": False,
+        "history": False,
+        "sampling": Sampling(1.0),
+        "max_new_tokens": 30,
+        "generator": torch.Generator().manual_seed(0),
+    }
     return Chat(**settings | changes)
 
 
@@ -83,8 +89,9 @@ def test_streamed_characters_are_whole_for_any_text(tokenizer: PreTrainedTokeniz
 def test_a_reply_is_what_generate_says(tokenizer: PreTrainedTokenizerFast) -> None:
     chat = chat_of(tokenizer, sampling=Sampling(0.0))
     ids = prompt_ids(tokenizer, [[{"role": "user", "content": "Ben?"}]])
-    samples = generate(chat.model, ids, max_new_tokens=30, temperature=0.0, eos_token_id=[END_OF_TURN, END_OF_TEXT],
-                       pad_token_id=0)  # fmt: skip
+    samples = generate(
+        chat.model, ids, max_new_tokens=30, temperature=0.0, eos_token_id=[END_OF_TURN, END_OF_TEXT], pad_token_id=0
+    )
     first = samples.prompt_lengths[0]
     whole = tokenizer.decode(samples.sequences[0, first:].tolist(), skip_special_tokens=True)
     assert whole and "".join(chat.reply("Ben?")) == whole

@@ -53,8 +53,14 @@ def test_at_once_is_one_after_the_other_to_the_bit(tmp_path, precision, two_thre
     """Several times: what threads of one process have in common, as autocast's state, shows only now and then."""
 
     def learned(number):
-        made = trainer(tmp_path / str(number), mixed_precision=precision, total_episodes=16, ptx_coef=0.1,
-                       ptx_dataset=["t6 t7 t8", "t9 t7"], ptx_batch_size=2)  # fmt: skip
+        made = trainer(
+            tmp_path / str(number),
+            mixed_precision=precision,
+            total_episodes=16,
+            ptx_coef=0.1,
+            ptx_dataset=["t6 t7 t8", "t9 t7"],
+            ptx_batch_size=2,
+        )
         assert made.at_once
         for scores in ([1.0, 0.5] * 4, [0.3, 0.1, 2.0, -1.0] * 2):
             made.step([[3 + i, 7] for i in range(8)], [[8, 4 + i] + [10] * i + [1] for i in range(8)], scores)

@@ -14,8 +14,12 @@ from pipeline.runtime.arguments import PPOArguments, PretrainArguments, RewardAr
 from pipeline.text.tokenizer import train_tokenizer
 from stages import ppo, pretrain, reward, sft
 
-STAGES = {"pretrain": (pretrain.main, PretrainArguments), "sft": (sft.main, SFTArguments),
-          "reward": (reward.main, RewardArguments), "ppo": (ppo.main, PPOArguments)}  # fmt: skip
+STAGES = {
+    "pretrain": (pretrain.main, PretrainArguments),
+    "sft": (sft.main, SFTArguments),
+    "reward": (reward.main, RewardArguments),
+    "ppo": (ppo.main, PPOArguments),
+}
 
 
 @pytest.fixture

@@ -11,9 +11,16 @@ from pipeline.model.flops import flops_per_token, matmul_peak
 
 def test_formula_counts_what_torch_counts() -> None:
     config = Qwen3Config(
-        vocab_size=300, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=24,
-        intermediate_size=160, tie_word_embeddings=True, attn_implementation="eager",
-    )  # fmt: skip
+        vocab_size=300,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=24,
+        intermediate_size=160,
+        tie_word_embeddings=True,
+        attn_implementation="eager",
+    )
     model, ids = Qwen3ForCausalLM(config), torch.randint(0, 300, (4, 32))
     with FlopCounterMode(display=False) as counter:
         model(ids, labels=ids).loss.backward()

@@ -37,10 +37,20 @@ def test_logits_loss_and_gradients_equal_stock(kind, changes):
 def test_a_published_shape_equals_stock():
     """Qwen3-0.6B's config.json, random weights; two of its 28 layers and of its 151,936 tokens the first 4,096."""
     published = Qwen3Config(
-        vocab_size=4096, hidden_size=1024, intermediate_size=3072, num_hidden_layers=2, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=40960, rms_norm_eps=1e-6, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, initializer_range=0.02, pad_token_id=PAD,
-    )  # fmt: skip
+        vocab_size=4096,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=2,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        initializer_range=0.02,
+        pad_token_id=PAD,
+    )
     torch.manual_seed(0)
     ours, stock = GPTForCausalLM(published).train(), Qwen3ForCausalLM(published).train()
     stock.load_state_dict(ours.state_dict())

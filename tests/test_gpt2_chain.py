@@ -29,8 +29,15 @@ def stock_gpt2(folder: Path) -> str:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token=end, eos_token=end, unk_token=end)
     assert tokenizer.pad_token_id is None and tokenizer.eos_token_id == len(tokenizer) - 1
     torch.manual_seed(0)
-    shape = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64,
-                       bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id)  # fmt: skip
+    shape = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     GPT2LMHeadModel(shape).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -55,11 +62,12 @@ def test_sft_reward_and_ppo_on_it(tmp_path: Path) -> None:
     base, run = stock_gpt2(tmp_path / "gpt2"), tmp_path / "run"
     files = {
         "sft": [{"prompt": f"Say {i}:", "completion": f" {WORDS[i % 4]}"} for i in range(40)],
-        "pairs": [{"prompt": f"Say {i}:", "chosen": f" {WORDS[i % 2]}", "rejected": f" {WORDS[2 + i % 2]}"}
-                  for i in range(60)],
+        "pairs": [
+            {"prompt": f"Say {i}:", "chosen": f" {WORDS[i % 2]}", "rejected": f" {WORDS[2 + i % 2]}"} for i in range(60)
+        ],
         "text": [{"text": f"{WORDS[i % 4]} {i}"} for i in range(40)],
         "prompts": [{"prompt": f"Say {i}:"} for i in range(40)],
-    }  # fmt: skip
+    }
     for name, rows in files.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -71,10 +79,31 @@ def test_sft_reward_and_ppo_on_it(tmp_path: Path) -> None:
     small = ("--max_steps", "3", "--per_device_train_batch_size", "4")
     stage("sft", "--model_name_or_path", base, "--dataset", str(tmp_path / "sft.jsonl"), *small)
     stage("reward", "--dataset", str(tmp_path / "pairs.jsonl"), *small)
-    stage("ppo", "--dataset", str(tmp_path / "prompts.jsonl"), "--total_episodes", "24", "--batch_size", "8",
-          "--num_mini_batches", "2", "--per_device_train_batch_size", "4", "--response_length", "8",
-          "--critic_warmup_updates", "1", "--eval_size", "4", "--ptx_coef", "0.5", "--ptx_max_length", "16",
-          "--ptx_dataset", str(tmp_path / "text.jsonl"))  # fmt: skip
+    stage(
+        "ppo",
+        "--dataset",
+        str(tmp_path / "prompts.jsonl"),
+        "--total_episodes",
+        "24",
+        "--batch_size",
+        "8",
+        "--num_mini_batches",
+        "2",
+        "--per_device_train_batch_size",
+        "4",
+        "--response_length",
+        "8",
+        "--critic_warmup_updates",
+        "1",
+        "--eval_size",
+        "4",
+        "--ptx_coef",
+        "0.5",
+        "--ptx_max_length",
+        "16",
+        "--ptx_dataset",
+        str(tmp_path / "text.jsonl"),
+    )
     last = json.loads((run / "ppo" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["val/ratio_first"] == 1.0 and last["objective/kl_k3"] >= 0
     assert 0 < last["loss/ptx_avg"] < 8

@@ -31,9 +31,14 @@ def test_sft_trainer_learns_and_saves_a_stock_folder(tmp_path, tokenizer, packin
 
     rows = Dataset.from_list([{"prompt": "a b", "completion": " c d e a b"}, {"prompt": "b", "completion": " a"}] * 4)
     config = SFTConfig(
-        tmp_path, packing=packing, max_length=16, per_device_train_batch_size=2, learning_rate=1e-2,
-        gradient_checkpointing=False, **CPU,
-    )  # fmt: skip
+        tmp_path,
+        packing=packing,
+        max_length=16,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        gradient_checkpointing=False,
+        **CPU,
+    )
     trainer = SFTTrainer(GPTForCausalLM(small_config()), config, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -74,9 +79,8 @@ def test_trainer_of_transformers_accumulates_to_the_same_loss(tmp_path):
     def first_loss(size: int) -> float:
         torch.manual_seed(0)
         arguments = TrainingArguments(
-            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=4 // size,
-            **CPU | {"max_steps": 1},
-        )  # fmt: skip
+            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=4 // size, **CPU | {"max_steps": 1}
+        )
         trainer = Trainer(GPTForCausalLM(small_config()), arguments, train_dataset=rows, eval_dataset=rows)
         trainer.train()
         assert trainer.evaluate()["eval_loss"] > 0

@@ -49,13 +49,16 @@ def pretrained() -> Policy:
 # ---- statistics -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("texts", "value"), [
-    (["a b a b"], 2 / 3),                   # ab ba ab
-    (["a b c", "a b"], 2 / 3),              # ab bc | ab: none across texts
-    (["a b", "c d"], 1.0),
-    (["the the the the the"], 1 / 4),
-    (["one", ""], 0.0),                     # no bigram at all
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("texts", "value"),
+    [
+        (["a b a b"], 2 / 3),  # ab ba ab
+        (["a b c", "a b"], 2 / 3),  # ab bc | ab: none across texts
+        (["a b", "c d"], 1.0),
+        (["the the the the the"], 1 / 4),
+        (["one", ""], 0.0),  # no bigram at all
+    ],
+)
 def test_distinct_2_by_hand(texts: list[str], value: float) -> None:
     assert distinct_n(texts, 2) == pytest.approx(value)
 
@@ -157,8 +160,9 @@ def test_kl_is_the_exact_one_within_its_error(sft: Policy, temperature: float) -
     spread = (p.exp() * (p - q - exact).square()).sum().sqrt().item()
     count = 4000
     generator = torch.Generator().manual_seed(0)
-    answers = answer(other, PROMPTS[:1] * count, max_new_tokens=1, temperature=temperature, batch_size=count,
-                     generator=generator)  # fmt: skip
+    answers = answer(
+        other, PROMPTS[:1] * count, max_new_tokens=1, temperature=temperature, batch_size=count, generator=generator
+    )
     assert exact > 0.05
     assert sequence_kl(other, sft, answers, temperature) == pytest.approx(exact, abs=4 * spread / math.sqrt(count))
 
@@ -197,8 +201,15 @@ def test_a_plain_policy_is_asked_the_bare_text(sft: Policy, pretrained: Policy) 
 
 def test_answers_are_the_sampled_tokens(sft: Policy) -> None:
     done: list[int] = []
-    answers = answer(sft, PROMPTS, max_new_tokens=20, temperature=1.0, batch_size=2,
-                     generator=torch.Generator().manual_seed(3), advance=done.append)  # fmt: skip
+    answers = answer(
+        sft,
+        PROMPTS,
+        max_new_tokens=20,
+        temperature=1.0,
+        batch_size=2,
+        generator=torch.Generator().manual_seed(3),
+        advance=done.append,
+    )
     assert done == [2, 1] and len(answers.texts) == 3
     for ids, ended, text in zip(answers.response_ids, answers.ended, answers.texts, strict=True):
         assert ended == (ids[-1] in (END_OF_TURN, END_OF_TEXT)) and (ended or len(ids) == 20)
@@ -211,12 +222,26 @@ def test_a_verdict_counts_what_it_says() -> None:
     verdict = judge(answers, proxy=[1.0, 2.0], gold=lambda prompts, texts: [0.25, 0.75], kl=3.5, fluency=lambda t: 1.5)
     low, high = verdict.figures.pop("gold_ci95")
     assert low == 0.25 and high == 0.75
-    assert verdict.figures == {"gold": 0.5, "proxy": 1.5, "kl": 3.5, "length": 4.0, "distinct_2": 0.5,
-                               "bpb_under_pretrained": 1.5, "without_eos": 0.5}  # fmt: skip
+    assert verdict.figures == {
+        "gold": 0.5,
+        "proxy": 1.5,
+        "kl": 3.5,
+        "length": 4.0,
+        "distinct_2": 0.5,
+        "bpb_under_pretrained": 1.5,
+        "without_eos": 0.5,
+    }
     rows = samples_of({"sft": verdict, "ppo": verdict})
     assert [(r["index"], r["policy"]) for r in rows] == [(0, "sft"), (0, "ppo"), (1, "sft"), (1, "ppo")]
-    assert rows[2] == {"index": 1, "prompt": "Ann?", "policy": "sft", "completion": "a b", "gold": 0.75, "proxy": 2.0,
-                       "ended": False}  # fmt: skip
+    assert rows[2] == {
+        "index": 1,
+        "prompt": "Ann?",
+        "policy": "sft",
+        "completion": "a b",
+        "gold": 0.75,
+        "proxy": 2.0,
+        "ended": False,
+    }
 
 
 # ---- the stage ------------------------------------------------------------------------------------------------------
@@ -228,8 +253,15 @@ def count_letters(prompts: list, completions: list, **columns: list) -> list[flo
 
 
 def arguments(run: Path, **changes: object) -> EvaluateArguments:
-    settings = {"run_dir": str(run), "num_prompts": 6, "best_of": 4, "max_new_tokens": 12, "batch_size": 16,
-                "gold": "test_judging:count_letters", "mixed_precision": "no"}  # fmt: skip
+    settings = {
+        "run_dir": str(run),
+        "num_prompts": 6,
+        "best_of": 4,
+        "max_new_tokens": 12,
+        "batch_size": 16,
+        "gold": "test_judging:count_letters",
+        "mixed_precision": "no",
+    }
     return resolve(EvaluateArguments(**settings | changes))
 
 

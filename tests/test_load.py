@@ -26,20 +26,43 @@ from pipeline.errors import UserError
 from pipeline.model.load import load_critic, load_policy
 from pipeline.model.lora import add_lora, trained_weights
 
-COMMON = {"vocab_size": 16, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1, "num_labels": 1,
-          "initializer_range": 0.2}  # fmt: skip
-LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "num_key_value_heads": 1, "max_position_embeddings": 48}  # fmt: skip
-PYTHIA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-          "max_position_embeddings": 48, "hidden_dropout": 0.1, "attention_dropout": 0.1}  # fmt: skip
+COMMON = {
+    "vocab_size": 16,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "num_labels": 1,
+    "initializer_range": 0.2,
+}
+LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 48,
+}
+PYTHIA = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 48,
+    "hidden_dropout": 0.1,
+    "attention_dropout": 0.1,
+}
 SHAPES = {
     "ours": (lambda: policy(), lambda: critic()),
-    "gpt2": (GPT2LMHeadModel, GPT2ForSequenceClassification, GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 2,
-             "n_positions": 48}),
+    "gpt2": (
+        GPT2LMHeadModel,
+        GPT2ForSequenceClassification,
+        GPT2Config,
+        {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 48},
+    ),
     "llama": (LlamaForCausalLM, LlamaForSequenceClassification, LlamaConfig, LLAMA | {"attention_dropout": 0.1}),
     "qwen2": (Qwen2ForCausalLM, Qwen2ForSequenceClassification, Qwen2Config, LLAMA | {"tie_word_embeddings": True}),
     "pythia": (GPTNeoXForCausalLM, GPTNeoXForSequenceClassification, GPTNeoXConfig, PYTHIA),
-}  # fmt: skip
+}
 # Every matrix of the blocks, by the names that each architecture gives them.
 MATRICES = {"ours": 7, "gpt2": 4, "llama": 7, "qwen2": 7, "pythia": 4}
 
@@ -56,8 +79,11 @@ def test_missing_weights_are_not_drawn_at_random(tmp_path, name):
     load_policy(str(tmp_path)), load_critic(str(tmp_path))  # whole; the critic's head is new
     weights = load_file(tmp_path / "model.safetensors")
     block = ".h.1." if name == "gpt2" else ".norm."
-    save_file({key: value for key, value in weights.items() if block not in key}, tmp_path / "model.safetensors",
-              metadata={"format": "pt"})  # fmt: skip
+    save_file(
+        {key: value for key, value in weights.items() if block not in key},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     with pytest.raises(UserError, match="lacks weights of its language model"):
         load_policy(str(tmp_path))
     with pytest.raises(UserError, match="lacks weights"):
@@ -143,8 +169,10 @@ def test_lora_is_saved_merged_with_the_adapter_beside_it(tmp_path, name):
     with torch.no_grad():
         expected, base = made.policy(input_ids=ids).logits, actor.eval()(input_ids=ids).logits
         assert (expected - base).abs().max() > 1e-3
-        for opened in (AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(),
-                       load_policy(str(tmp_path / "out" / "adapter"))):  # fmt: skip
+        for opened in (
+            AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(),
+            load_policy(str(tmp_path / "out" / "adapter")),
+        ):
             torch.testing.assert_close(opened(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-4)
         values = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "critic").eval()
         expected = made.critic(input_ids=ids).logits

@@ -15,9 +15,16 @@ SETTINGS = {"muon_learning_rate": 0.02, "learning_rate": 1e-3, "weight_decay": 0
 def tiny() -> nn.Module:
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, tie_word_embeddings=True, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+    )
     return GPTForCausalLM(config).train()
 
 

@@ -28,8 +28,10 @@ def test_every_contender_is_a_configuration_of_the_preset():
 
 
 def rows(gold_before, gold_after, kl=4.0):
-    return [{"eval/gold": gold, "eval/kl": kl, "eval/length": 40.0, "eval/distinct_2": 0.5}
-            for gold in (gold_before, gold_after)]  # fmt: skip
+    return [
+        {"eval/gold": gold, "eval/kl": kl, "eval/length": 40.0, "eval/distinct_2": 0.5}
+        for gold in (gold_before, gold_after)
+    ]
 
 
 def test_differences_are_paired_by_seed(capsys):
@@ -57,8 +59,19 @@ def test_runs_on_record_are_not_made_again_and_drawn(tmp_path, capsys):
         points = [{"n": 1, "eval/kl": 0.0, "eval/gold": 0.5, "eval/proxy": 0.0}]
         (tmp_path / "out" / "best-of-n" / f"{run}.json").write_text(json.dumps(points))
     picture = tmp_path / "curve.png"
-    line = ppo_ablation.main(["--runs", str(tmp_path / "one"), str(tmp_path / "two"), "--only", "no KL penalty",
-                              "--output", str(tmp_path / "out"), "--curve", str(picture)])  # fmt: skip
+    line = ppo_ablation.main(
+        [
+            "--runs",
+            str(tmp_path / "one"),
+            str(tmp_path / "two"),
+            "--only",
+            "no KL penalty",
+            "--output",
+            str(tmp_path / "out"),
+            "--curve",
+            str(picture),
+        ]
+    )
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == line
     assert line["ratio"] == 1.2 and picture.stat().st_size > 5000
 

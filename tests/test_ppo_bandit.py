@@ -13,10 +13,26 @@ def bandit(tmp_path, seed, rewards=ARMS, **changes):
         return [float(rewards[int(text[1:])] if text else rewards[0]) for text in completions]
 
     models = changes.pop("models", (policy(seed, size=8), critic(seed + 100, size=8)))
-    return trainer(tmp_path, models=models, words=tokenizer(8), rows=[{"prompt": "t6 t7"}] * 4, rewards=reward,
-                   seed=seed, **{"kl_coef": BETA, "response_length": 1, "batch_size": 128, "num_mini_batches": 2,
-                   "num_ppo_epochs": 2, "per_device_train_batch_size": 64, "learning_rate": 3e-3,
-                   "critic_learning_rate": 1e-2, "total_episodes": 128 * 40, **changes})  # fmt: skip
+    return trainer(
+        tmp_path,
+        models=models,
+        words=tokenizer(8),
+        rows=[{"prompt": "t6 t7"}] * 4,
+        rewards=reward,
+        seed=seed,
+        **{
+            "kl_coef": BETA,
+            "response_length": 1,
+            "batch_size": 128,
+            "num_mini_batches": 2,
+            "num_ppo_epochs": 2,
+            "per_device_train_batch_size": 64,
+            "learning_rate": 3e-3,
+            "critic_learning_rate": 1e-2,
+            "total_episodes": 128 * 40,
+            **changes,
+        },
+    )
 
 
 def distribution(model):

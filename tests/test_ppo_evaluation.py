@@ -18,8 +18,14 @@ def test_repetition_by_hand():
 
 
 def test_figures_by_hand(tmp_path):
-    made = trainer(tmp_path, eval_rows=prompts(6), reference=policy(seed=4), missing_eos_penalty=0.5, kl_coef=0.1,
-                   gold=lambda p, c, number: [float(len(text.split()) % 3) for text in c])  # fmt: skip
+    made = trainer(
+        tmp_path,
+        eval_rows=prompts(6),
+        reference=policy(seed=4),
+        missing_eos_penalty=0.5,
+        kl_coef=0.1,
+        gold=lambda p, c, number: [float(len(text.split()) % 3) for text in c],
+    )
     found = made.evaluate()
     batch = made.eval_prompts.take(range(6))
     texts = {}
@@ -49,8 +55,14 @@ def test_figures_by_hand(tmp_path):
 
 def test_penalties_are_in_the_units_of_normalised_scores(tmp_path):
     """The reward that is optimised is score/σ − β·KL, so with raw scores β·KL counts σ times."""
-    made = trainer(tmp_path, eval_rows=prompts(6), reference=policy(seed=4), kl_coef=0.1, normalize_scores=True,
-                   missing_eos_penalty=0.5)  # fmt: skip
+    made = trainer(
+        tmp_path,
+        eval_rows=prompts(6),
+        reference=policy(seed=4),
+        kl_coef=0.1,
+        normalize_scores=True,
+        missing_eos_penalty=0.5,
+    )
     made.score_moments = [10.0, 3.0, 9 * 50.0**2]
     found = made.evaluate()
     penalty = 0.5 * found["eval/without_eos"] + 0.1 * found["eval/kl"]

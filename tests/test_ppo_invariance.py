@@ -65,8 +65,9 @@ def laid_out(rollout, side):
     if side == "packed":
         ids = torch.tensor([[token for row in rows for token in row]])
         positions = torch.tensor([[i for row in rows for i in range(len(row))]])
-        predicts = torch.tensor([[s - 1 <= i < len(r) - 1 for r, s in zip(rows, starts, strict=True)
-                                  for i in range(len(r))]])  # fmt: skip
+        predicts = torch.tensor(
+            [[s - 1 <= i < len(r) - 1 for r, s in zip(rows, starts, strict=True) for i in range(len(r))]]
+        )
         return {"input_ids": ids, "position_ids": positions}, predicts
     ids, mask, predicts = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(3))
     for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
@@ -120,10 +121,21 @@ leave()
 
 def run(folder, answers, share_trunk):
     """Two updates from given answers with everything that processes share, then an evaluation; this process's part."""
-    made = trainer(Path(folder), share_trunk=share_trunk, num_mini_batches=1, num_ppo_epochs=2, ema_decay=0.5,
-                   entropy_coef=0.02, ptx_coef=0.5, ptx_batch_size=4, normalize_scores=True, eval_rows=prompts(12),
-                   adaptive_kl_target=0.01, adaptive_kl_horizon=20,
-                   ptx_dataset=["t6 t7 t8", "t9", "t7 t7", "t10 t11 t6 t8"])  # fmt: skip
+    made = trainer(
+        Path(folder),
+        share_trunk=share_trunk,
+        num_mini_batches=1,
+        num_ppo_epochs=2,
+        ema_decay=0.5,
+        entropy_coef=0.02,
+        ptx_coef=0.5,
+        ptx_batch_size=4,
+        normalize_scores=True,
+        eval_rows=prompts(12),
+        adaptive_kl_target=0.01,
+        adaptive_kl_horizon=20,
+        ptx_dataset=["t6 t7 t8", "t9", "t7 t7", "t10 t11 t6 t8"],
+    )
     made.ptx.ids = made.ptx.ids[made.rank :: made.world]
     made.ptx.draw = lambda count, random, device: draw_all(made.ptx, count, device)
     for prompts_, completions, scores in answers:
@@ -131,8 +143,14 @@ def run(folder, answers, share_trunk):
         metrics = made.step(prompts_[own], completions[own], scores[own])
     made.args.temperature = 1e-3  # the evaluation's answers are then the likeliest, whoever draws them
     metrics |= made.evaluate()
-    found = {"rank": made.rank, "world": made.world, "policy": weights(made.policy), "critic": weights(made.critic),
-             "average": made.average.values, "metrics": metrics}  # fmt: skip
+    found = {
+        "rank": made.rank,
+        "world": made.world,
+        "policy": weights(made.policy),
+        "critic": weights(made.critic),
+        "average": made.average.values,
+        "metrics": metrics,
+    }
     made.accelerator.end_training()
     return found
 
@@ -154,8 +172,13 @@ def given_answers(folder):
         rollout, _ = made.sample(update)
         rows = [row[:length].tolist() for row, length in zip(rollout.sequences, rollout.lengths.tolist(), strict=True)]
         starts = rollout.prompt_lengths.tolist()
-        found.append(([row[:s] for row, s in zip(rows, starts, strict=True)],
-                      [row[s:] for row, s in zip(rows, starts, strict=True)], rollout.scores.tolist()))  # fmt: skip
+        found.append(
+            (
+                [row[:s] for row, s in zip(rows, starts, strict=True)],
+                [row[s:] for row, s in zip(rows, starts, strict=True)],
+                rollout.scores.tolist(),
+            )
+        )
     return found
 
 
@@ -167,8 +190,18 @@ def test_two_processes_end_where_one_does(tmp_path, share_trunk):
     one = run(tmp_path, answers, share_trunk)
     script, result = tmp_path / "two.py", tmp_path / "result.pt"
     script.write_text(TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-               str(script), str(tmp_path), str(tmp_path / "answers.pt"), str(result), str(share_trunk)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--standalone",
+        str(script),
+        str(tmp_path),
+        str(tmp_path / "answers.pt"),
+        str(result),
+        str(share_trunk),
+    ]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     two = torch.load(result, weights_only=True)

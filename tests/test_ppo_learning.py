@@ -45,10 +45,26 @@ def distribution(model):
 
 def walker(tmp_path, seed, reward=path_reward, updates=40, **changes):
     models = policy(seed, size=WORDS), critic(seed + 100, size=WORDS)
-    return trainer(tmp_path, models=models, words=tokenizer(WORDS), rows=[{"prompt": "t3"}] * 4, rewards=reward,
-                   seed=seed, **{"kl_coef": BETA, "response_length": STEPS, "batch_size": 128, "num_mini_batches": 2,
-                   "num_ppo_epochs": 2, "per_device_train_batch_size": 64, "learning_rate": 3e-3,
-                   "critic_learning_rate": 1e-2, "total_episodes": 128 * updates, **changes})  # fmt: skip
+    return trainer(
+        tmp_path,
+        models=models,
+        words=tokenizer(WORDS),
+        rows=[{"prompt": "t3"}] * 4,
+        rewards=reward,
+        seed=seed,
+        **{
+            "kl_coef": BETA,
+            "response_length": STEPS,
+            "batch_size": 128,
+            "num_mini_batches": 2,
+            "num_ppo_epochs": 2,
+            "per_device_train_batch_size": 64,
+            "learning_rate": 3e-3,
+            "critic_learning_rate": 1e-2,
+            "total_episodes": 128 * updates,
+            **changes,
+        },
+    )
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -182,8 +182,14 @@ def test_reference_is_renewed(tmp_path):
 
 def test_the_reference_is_renewed_after_the_evaluation_and_beta_waits_for_the_next(tmp_path):
     """Else the held-out KL would be 0 at each evaluation, and β would fall for no reason."""
-    made = trainer(tmp_path, ref_sync_updates=2, eval_steps=2, eval_rows=prompts(4), adaptive_kl_target=0.1,
-                   adaptive_kl_horizon=100)  # fmt: skip
+    made = trainer(
+        tmp_path,
+        ref_sync_updates=2,
+        eval_steps=2,
+        eval_rows=prompts(4),
+        adaptive_kl_target=0.1,
+        adaptive_kl_horizon=100,
+    )
     made.train()
     found = {row["step"]: row["eval/kl"] for row in made.rows if "eval/kl" in row}
     assert found[0] == 0.0 and found[2] != 0.0 and found[4] != 0.0
@@ -213,9 +219,17 @@ def test_several_answers_to_a_prompt(tmp_path):
 
 
 def test_all_of_it_is_resumed_to_the_bit(tmp_path):
-    options = {"ema_decay": 0.9, "ref_sync_updates": 2, "adaptive_kl_target": 0.1, "adaptive_kl_horizon": 100,
-               "entropy_coef": 0.01, "num_generations": 2, "ptx_coef": 0.1, "ptx_dataset": ["t7 t8", "t9"],
-               "save_steps": 1}  # fmt: skip
+    options = {
+        "ema_decay": 0.9,
+        "ref_sync_updates": 2,
+        "adaptive_kl_target": 0.1,
+        "adaptive_kl_horizon": 100,
+        "entropy_coef": 0.01,
+        "num_generations": 2,
+        "ptx_coef": 0.1,
+        "ptx_dataset": ["t7 t8", "t9"],
+        "save_steps": 1,
+    }
     whole = trainer(tmp_path / "whole", **options)
     whole.train()
     first = trainer(tmp_path / "parts", **options)

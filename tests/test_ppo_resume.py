@@ -39,15 +39,11 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, killed_after):
     with pytest.raises(Killed):
         first.train()
     torch.manual_seed(99)
-    second = trainer(tmp_path / "parts", rewards=noisy, save_steps=2, models=(policy(7), critic(8)),
-                     reference=policy())  # fmt: skip
+    second = trainer(tmp_path / "parts", rewards=noisy, save_steps=2, models=(policy(7), critic(8)), reference=policy())
     resumed = second.train()
     assert second.rows[0]["step"] == 3
     assert same(weights(whole.policy), weights(second.policy)) and same(weights(whole.critic), weights(second.critic))
-    for a, b in (
-        (whole.policy_optimizer, second.policy_optimizer),
-        (whole.critic_optimizer, second.critic_optimizer),
-    ):
+    for a, b in ((whole.policy_optimizer, second.policy_optimizer), (whole.critic_optimizer, second.critic_optimizer)):
         for one, two in zip(a.state_dict()["state"].values(), b.state_dict()["state"].values(), strict=True):
             assert all(torch.equal(one[k], two[k]) for k in one)
     del final["episodes_per_s"], resumed["episodes_per_s"]
@@ -113,8 +109,9 @@ def test_resume_refuses_other_models_and_other_held_out_prompts(tmp_path):
         trainer(tmp_path, save_steps=1, total_episodes=16, eval_steps=1, eval_rows=prompts(4)).train()
     wide = GPTForCausalLM(config(hidden_size=64))
     with pytest.raises(UserError, match="step-00000002 is of other models"):
-        trainer(tmp_path, models=(wide, critic()), save_steps=1, total_episodes=16, eval_steps=1,
-                eval_rows=prompts(3)).train()  # fmt: skip
+        trainer(
+            tmp_path, models=(wide, critic()), save_steps=1, total_episodes=16, eval_steps=1, eval_rows=prompts(3)
+        ).train()
 
 
 def test_numbers_of_numpy_do_not_spoil_a_checkpoint(tmp_path):

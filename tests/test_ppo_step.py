@@ -34,8 +34,14 @@ def numbers(rows):
 
 
 def test_step_gives_the_weights_and_figures_of_train(tmp_path):
-    settings = {"missing_eos_penalty": 0.5, "eval_rows": prompts(4), "eval_steps": 2, "total_episodes": 24,
-                "critic_warmup_updates": 1, "adaptive_kl_target": 0.5}  # fmt: skip
+    settings = {
+        "missing_eos_penalty": 0.5,
+        "eval_rows": prompts(4),
+        "eval_steps": 2,
+        "total_episodes": 24,
+        "critic_warmup_updates": 1,
+        "adaptive_kl_target": 0.5,
+    }
     one, two = trainer(tmp_path / "train", **settings), trainer(tmp_path / "step", **settings)
     for asked, said, scores, logprobs in recorded(one):
         metrics = two.step(asked, said, torch.tensor(scores), logprobs)
@@ -62,8 +68,12 @@ def test_a_loop_of_ones_own_is_resumed(tmp_path):
     whole = trainer(tmp_path / "steps", total_episodes=24, save_steps=1)
     for asked, said, scores, _ in rounds:
         whole.step(asked, said, scores)
-    parts = [trainer(tmp_path / "parts", total_episodes=24, save_steps=1, models=(policy(s), critic(s + 1)),
-                     reference=policy(0)) for s in (0, 7)]  # fmt: skip
+    parts = [
+        trainer(
+            tmp_path / "parts", total_episodes=24, save_steps=1, models=(policy(s), critic(s + 1)), reference=policy(0)
+        )
+        for s in (0, 7)
+    ]
     for part, first, last in ((parts[0], 0, 2), (parts[1], 2, 3)):
         assert part.resume() == first
         for asked, said, scores, _ in rounds[first:last]:

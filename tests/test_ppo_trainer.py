@@ -6,23 +6,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from ppo_tools import (
-    config,
-    count_t7,
-    critic,
-    gradients_of,
-    policy,
-    prompts,
-    same,
-    tokenizer,
-    trainer,
-    weights,
-)
-from transformers import (
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    GPT2LMHeadModel,
-)
+from ppo_tools import config, count_t7, critic, gradients_of, policy, prompts, same, tokenizer, trainer, weights
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from pipeline.errors import UserError
 from pipeline.model.gpt import GPTForSequenceClassification
@@ -62,8 +47,9 @@ def test_ratio_is_one_and_kl_zero_to_the_bit_before_the_first_step(tmp_path, pre
 
 def test_dropout_is_off_and_gpt2_is_a_policy(tmp_path):
     torch.manual_seed(0)
-    shape = GPT2Config(vocab_size=16, n_embd=32, n_layer=1, n_head=2, n_positions=48, pad_token_id=0, eos_token_id=1,
-                       num_labels=1)  # fmt: skip
+    shape = GPT2Config(
+        vocab_size=16, n_embd=32, n_layer=1, n_head=2, n_positions=48, pad_token_id=0, eos_token_id=1, num_labels=1
+    )
     models = GPT2LMHeadModel(shape), GPT2ForSequenceClassification(shape)
     assert shape.resid_pdrop == 0.1
     made = trainer(tmp_path, models=models, total_episodes=16)
@@ -118,8 +104,12 @@ def test_no_logits_but_those_of_response_tokens_exist(tmp_path):
 
 
 def test_score_is_credited_to_the_last_token_and_a_missing_end_costs_its_penalty(tmp_path):
-    made = trainer(tmp_path, rewards=lambda prompts, completions, number: [float(n) for n in number],
-                   missing_eos_penalty=100.0, response_length=4)  # fmt: skip
+    made = trainer(
+        tmp_path,
+        rewards=lambda prompts, completions, number: [float(n) for n in number],
+        missing_eos_penalty=100.0,
+        response_length=4,
+    )
     rollout, metrics = rolled(made)
     indices = made.prompts.order(0, 8, seed=0)
     expected = torch.tensor(indices).float() - 100.0 * ~rollout.ended
@@ -186,8 +176,13 @@ def test_loss_is_the_mean_over_the_tokens_of_the_mini_batch(tmp_path):
 
 @pytest.mark.parametrize(("mini_batches", "epochs", "micro"), [(1, 1, 2), (4, 1, 1), (2, 3, 2), (1, 2, 8)])
 def test_mini_batches_and_epochs_make_the_optimizer_steps(tmp_path, mini_batches, epochs, micro):
-    made = trainer(tmp_path, num_mini_batches=mini_batches, num_ppo_epochs=epochs, total_episodes=16,
-                   per_device_train_batch_size=micro)  # fmt: skip
+    made = trainer(
+        tmp_path,
+        num_mini_batches=mini_batches,
+        num_ppo_epochs=epochs,
+        total_episodes=16,
+        per_device_train_batch_size=micro,
+    )
     made.train()
     expected = {2 * mini_batches * epochs}
     assert steps_of(made.policy_optimizer) == steps_of(made.critic_optimizer) == expected
@@ -228,8 +223,14 @@ def test_critic_warms_up_before_the_policy_moves(tmp_path):
 def test_learning_rates_are_apart_and_follow_the_schedule(tmp_path):
     rates = {}
     for kind in ("linear", "constant"):
-        made = trainer(tmp_path, total_episodes=80, learning_rate=1.0, critic_learning_rate=10.0, warmup_steps=4,
-                       lr_scheduler_type=kind)  # fmt: skip
+        made = trainer(
+            tmp_path,
+            total_episodes=80,
+            learning_rate=1.0,
+            critic_learning_rate=10.0,
+            warmup_steps=4,
+            lr_scheduler_type=kind,
+        )
         found = []
         for update in (0, 3, 5, 9):
             made.set_learning_rates(update)
@@ -287,8 +288,13 @@ def test_logging_steps_thin_out_the_log(tmp_path):
 
 
 def test_held_out_evaluation_runs_before_during_and_after(tmp_path):
-    made = trainer(tmp_path, total_episodes=24, eval_steps=2, eval_rows=prompts(5),
-                   gold=lambda prompts, completions, number: [10.0 * n for n in number])  # fmt: skip
+    made = trainer(
+        tmp_path,
+        total_episodes=24,
+        eval_steps=2,
+        eval_rows=prompts(5),
+        gold=lambda prompts, completions, number: [10.0 * n for n in number],
+    )
     made.train()
     found = [row for row in made.rows if "eval/proxy" in row]
     assert [row["step"] for row in found] == [0, 2, 3]

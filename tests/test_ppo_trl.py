@@ -38,10 +38,19 @@ def test_a_whole_update_gives_what_trl_logged(tmp_path):
     critic = by_formula(GPTForSequenceClassification(Qwen3Config(num_labels=1, **SHAPE)), 0.9)
     settings = {name: value for name, value in SETTINGS.items() if name != "num_mini_batches"}
     args = PPOConfig(
-        output_dir=str(tmp_path), mixed_precision="no", total_episodes=ROWS, batch_size=ROWS, num_mini_batches=1,
-        per_device_train_batch_size=ROWS, critic_warmup_updates=0,
-        lam_value=SETTINGS["lam"], max_grad_norm=1e9, lr_scheduler_type="constant", save_steps=0, **settings,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        mixed_precision="no",
+        total_episodes=ROWS,
+        batch_size=ROWS,
+        num_mini_batches=1,
+        per_device_train_batch_size=ROWS,
+        critic_warmup_updates=0,
+        lam_value=SETTINGS["lam"],
+        max_grad_norm=1e9,
+        lr_scheduler_type="constant",
+        save_steps=0,
+        **settings,
+    )
     rows = [{"prompt": "t3"}] * ROWS
     words = tokenizer(SHAPE["vocab_size"])
     trainer = PPOTrainer(policy, reference, lambda **_: [], critic, args, rows, processing_class=words)
@@ -49,8 +58,17 @@ def test_a_whole_update_gives_what_trl_logged(tmp_path):
     assert len(ids) == ROWS and all(len(row) == PROMPT + RESPONSE for row in ids)
     found = trainer.step([row[:PROMPT] for row in ids], [row[PROMPT:] for row in ids], THEIRS["scores"])
     logged = THEIRS["logged"]
-    for name in ("objective/kl", "objective/non_score_reward", "objective/rlhf_reward", "objective/scores",
-                 "loss/policy_avg", "loss/value_avg", "policy/approxkl_avg", "policy/clipfrac_avg",
-                 "val/clipfrac_avg", "val/ratio"):  # fmt: skip
+    for name in (
+        "objective/kl",
+        "objective/non_score_reward",
+        "objective/rlhf_reward",
+        "objective/scores",
+        "loss/policy_avg",
+        "loss/value_avg",
+        "policy/approxkl_avg",
+        "policy/clipfrac_avg",
+        "val/clipfrac_avg",
+        "val/ratio",
+    ):
         assert found[name] == pytest.approx(logged[name], rel=2e-3, abs=1e-5), name
     assert abs(logged["val/ratio"] - 1) > 0.05 and logged["policy/approxkl_avg"] > 0.01  # the second pass has moved

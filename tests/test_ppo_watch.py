@@ -6,8 +6,14 @@ from ppo_tools import policy, prompts, trainer
 
 from pipeline.ppo.watch import watch_evaluation, watch_update
 
-GOOD = {"objective/entropy": 2.0, "response/length": 20.0, "response/without_eos": 0.1, "objective/kl": 0.1,
-        "objective/kl_std": 1.0, "val/ratio_first_var": 0.0}  # fmt: skip
+GOOD = {
+    "objective/entropy": 2.0,
+    "response/length": 20.0,
+    "response/without_eos": 0.1,
+    "objective/kl": 0.1,
+    "objective/kl_std": 1.0,
+    "val/ratio_first_var": 0.0,
+}
 
 
 def warnings_of(made):
@@ -70,9 +76,16 @@ def test_length_run_away(tmp_path):
 
 def test_proxy_rises_while_gold_falls(tmp_path):
     """A reward for t7 and a gold that takes it ill: both are logged, and the sentence names both movements."""
-    made = trainer(tmp_path, eval_rows=prompts(24), eval_steps=2, total_episodes=16 * 12, batch_size=16,
-                   learning_rate=5e-3, kl_coef=0.0, gold=lambda p, c, **k: [-float(t.split().count("t7")) for t in c],
-                   )  # fmt: skip
+    made = trainer(
+        tmp_path,
+        eval_rows=prompts(24),
+        eval_steps=2,
+        total_episodes=16 * 12,
+        batch_size=16,
+        learning_rate=5e-3,
+        kl_coef=0.0,
+        gold=lambda p, c, **k: [-float(t.split().count("t7")) for t in c],
+    )
     made.train()
     found = [row for row in made.rows if "eval/proxy" in row]
     assert found[-1]["eval/proxy"] > found[0]["eval/proxy"] + 1

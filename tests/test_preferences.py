@@ -86,11 +86,20 @@ def test_a_labeller_is_called_as_a_reward_is_and_checked(tmp_path, monkeypatch, 
     rows = [{"prompt": [{"role": "user", "content": f"t{6 + i % 9} t{6 + i // 9}"}]} for i in range(60)]
     rows = [row | {"answer": row["prompt"][0]["content"]} for row in rows]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    args = resolve(PreferencesArguments(
-        run_dir=str(tmp_path), model_name_or_path="model", dataset="rows.jsonl",
-        labeller=f"labels_{labeller}:{labeller}",
-        dataset_size=4, test_size=4, num_generations=4, batch_size=8, max_new_tokens=6, mixed_precision="no",
-    ))  # fmt: skip
+    args = resolve(
+        PreferencesArguments(
+            run_dir=str(tmp_path),
+            model_name_or_path="model",
+            dataset="rows.jsonl",
+            labeller=f"labels_{labeller}:{labeller}",
+            dataset_size=4,
+            test_size=4,
+            num_generations=4,
+            batch_size=8,
+            max_new_tokens=6,
+            mixed_precision="no",
+        )
+    )
     if sentence:
         with pytest.raises(UserError, match=sentence):
             main(args)

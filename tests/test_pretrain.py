@@ -33,12 +33,27 @@ from pipeline.text import data, packing
 from stages import pretrain
 
 TINY = {
-    "mixed_precision": "no", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 1, "head_dim": 16,
-    "num_key_value_heads": 1, "intermediate_size": 32, "block_size": 24, "max_position_embeddings": 32,
-    "per_device_train_batch_size": 4, "max_steps": 12, "warmup_steps": 2, "logging_steps": 2, "eval_steps": 6,
-    "save_steps": 4, "optimizer": "adamw", "lr_scheduler_type": "cosine", "learning_rate": 1e-3,
-    "max_bytes": None, "validation_bytes": None,
-}  # fmt: skip
+    "mixed_precision": "no",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 1,
+    "head_dim": 16,
+    "num_key_value_heads": 1,
+    "intermediate_size": 32,
+    "block_size": 24,
+    "max_position_embeddings": 32,
+    "per_device_train_batch_size": 4,
+    "max_steps": 12,
+    "warmup_steps": 2,
+    "logging_steps": 2,
+    "eval_steps": 6,
+    "save_steps": 4,
+    "optimizer": "adamw",
+    "lr_scheduler_type": "cosine",
+    "learning_rate": 1e-3,
+    "max_bytes": None,
+    "validation_bytes": None,
+}
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +154,9 @@ def test_the_stages_figures_by_hand(run: Path, plain: Path) -> None:
     )
 
 
-def test_the_step_line(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                       capsys: pytest.CaptureFixture) -> None:  # fmt: skip
+def test_the_step_line(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr(pretrain, "matmul_peak", lambda device, dtype: 1e9 if dtype == torch.float32 else 0.0)
     pretrain.main(arguments(run, tmp_path, eval_steps=100))
     (first, *_, second, _), config = lines(tmp_path), GPTForCausalLM.config_class.from_pretrained(tmp_path)
@@ -157,18 +173,29 @@ def test_the_step_line(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_warmup_stable_decay(run: Path, tmp_path: Path) -> None:
-    pretrain.main(arguments(
-        run, tmp_path, max_steps=20, warmup_steps=4, lr_scheduler_type="warmup_stable_decay", decay_share=0.4,
-        learning_rate=0.01, logging_steps=1, optimizer="muon", muon_learning_rate=0.02,
-    ))  # fmt: skip
+    pretrain.main(
+        arguments(
+            run,
+            tmp_path,
+            max_steps=20,
+            warmup_steps=4,
+            lr_scheduler_type="warmup_stable_decay",
+            decay_share=0.4,
+            learning_rate=0.01,
+            logging_steps=1,
+            optimizer="muon",
+            muon_learning_rate=0.02,
+        )
+    )
     rates = [line["learning_rate"] for line in lines(tmp_path) if "learning_rate" in line]
     rising, falling = [0, 0.25, 0.5, 0.75], [1 - math.sqrt(i / 8) for i in range(8)]
     scale = max(rates)  # Trainer shows the first group's rate: Muon's
     assert scale == 0.02 and [rate / scale for rate in rates] == pytest.approx([*rising, *[1] * 8, *falling])
     assert hf_trainer.schedule_kwargs(arguments(run, tmp_path)) is None
     for share, steps in ((0.4, 8), (0.9, 16), (0.001, 1)):  # the warm-up is never cut short
-        args = arguments(run, tmp_path, max_steps=20, warmup_steps=4, decay_share=share,
-                         lr_scheduler_type="warmup_stable_decay")  # fmt: skip
+        args = arguments(
+            run, tmp_path, max_steps=20, warmup_steps=4, decay_share=share, lr_scheduler_type="warmup_stable_decay"
+        )
         assert hf_trainer.schedule_kwargs(args)["num_decay_steps"] == steps
     for args.decay_share in (0.0, 1.5):
         with pytest.raises(UserError, match="is no share of max_steps"):
@@ -233,15 +260,17 @@ def test_gradient_checkpointing_changes_no_number_and_keeps_less(run: Path, tmp_
     assert bytes_kept() < 0.5 * without
 
 
-def test_a_compiled_model_is_saved_under_stock_names(run: Path, tmp_path: Path, plain: Path,
-                                                     monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_a_compiled_model_is_saved_under_stock_names(
+    run: Path, tmp_path: Path, plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("BACKEND", "MODE"):  # the Trainer sets these for good
         monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "no" if name == "BACKEND" else "default")
     compiled, compile_model = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda *a, **k: compiled.append(a) or compile_model(*a, **k))
     monkeypatch.setattr(pretrain, "why_not_compile", lambda: None)  # inductor takes minutes: the graph alone will do
-    monkeypatch.setattr(pretrain, "TrainingArguments",
-                        partial(pretrain.TrainingArguments, torch_compile_backend="aot_eager"))  # fmt: skip
+    monkeypatch.setattr(
+        pretrain, "TrainingArguments", partial(pretrain.TrainingArguments, torch_compile_backend="aot_eager")
+    )
     pretrain.main(arguments(run, tmp_path, torch_compile=True))
     assert compiled and largest_difference(plain, tmp_path) < 1e-5
     assert AutoModelForCausalLM.from_pretrained(tmp_path) is not None
@@ -312,8 +341,14 @@ def test_nan_stops_at_its_step_and_names_the_batch(
 
 # ---- resume and processes -------------------------------------------------------------------------------------------
 
-MUON = {"optimizer": "muon", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 60,
-        "save_steps": 10, "shuffle_buffer_size": 50}  # fmt: skip
+MUON = {
+    "optimizer": "muon",
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 60,
+    "save_steps": 10,
+    "shuffle_buffer_size": 50,
+}
 
 
 def test_a_stream_killed_and_started_again_gives_the_same_weights(run: Path, tmp_path: Path) -> None:

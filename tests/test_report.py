@@ -19,8 +19,19 @@ from pipeline.runtime.arguments import ReportArguments
 from pipeline.runtime.command_line import resolve
 from stages import report as stage
 
-PLOTS = ["gold", "pretrain-loss", "pretrain-bpb", "sft-loss", "reward-accuracy", "reward-loss", "reward-calibration",
-         "ppo-reward", "ppo-gold", "ppo-kl", "ppo-length"]  # fmt: skip
+PLOTS = [
+    "gold",
+    "pretrain-loss",
+    "pretrain-bpb",
+    "sft-loss",
+    "reward-accuracy",
+    "reward-loss",
+    "reward-calibration",
+    "ppo-reward",
+    "ppo-gold",
+    "ppo-kl",
+    "ppo-length",
+]
 
 
 def make(run: Path) -> Path:
@@ -80,11 +91,14 @@ def test_summary_of_an_old_record_has_null_for_what_was_not_recorded(tmp_path: P
 # ---- headline -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("interval", "title"), [
-    ([0.77, 0.85], "PPO made the model better"),
-    ([0.46, 0.58], "PPO made no clear difference"),
-    ([0.20, 0.49], "PPO made the model worse"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("interval", "title"),
+    [
+        ([0.77, 0.85], "PPO made the model better"),
+        ([0.46, 0.58], "PPO made no clear difference"),
+        ([0.20, 0.49], "PPO made the model worse"),
+    ],
+)
 def test_headline_says_what_the_interval_allows(run: Path, interval: list[float], title: str) -> None:
     read = report.read_run(run)
     read.win_rate = {"ppo_vs_sft": {"mean": sum(interval) / 2, "ci95": interval, "n": 256}}
@@ -230,14 +244,20 @@ def test_a_stage_without_metrics_has_no_plots(tmp_path: Path) -> None:
 
 def test_points_that_are_no_numbers_are_left_out(run: Path) -> None:
     read = report.read_run(run)
-    read.metrics["sft"] = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": float("nan")}, {"step": 3}, {"loss": 1.0},
-                           {"step": 5, "loss": None}, {"step": 6, "loss": 1.0}]  # fmt: skip
+    read.metrics["sft"] = [
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "loss": float("nan")},
+        {"step": 3},
+        {"loss": 1.0},
+        {"step": 5, "loss": None},
+        {"step": 6, "loss": 1.0},
+    ]
     assert read.series("sft", "loss") == ([1, 6], [2.0, 1.0])
 
 
-@pytest.mark.parametrize(("seconds", "text"), [
-    (7.6, "8 s"), (59.7, "1 min 00 s"), (185, "3 min 05 s"), (7_810, "2 h 10 min"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(7.6, "8 s"), (59.7, "1 min 00 s"), (185, "3 min 05 s"), (7_810, "2 h 10 min")]
+)
 def test_duration(seconds: float, text: str) -> None:
     assert report.duration(seconds) == text
 
@@ -249,6 +269,12 @@ def test_the_end_of_the_run_is_shown(run: Path) -> None:
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     stage.show(report.read_run(run), resolve(ReportArguments(run_dir=str(run))), console)
     shown = console.export_text()
-    for words in (r"PPO +0\.82 \(0\.79–0\.85\) +9\.8 +49\.3", r"Best of 16 +0\.76", r"SFT, gold 0\.53 +PPO, gold 0\.82",
-                  r"Tom & Ann\. Use: <b>drum</b>", r"report/report\.html", r"9 min 20 s in all"):  # fmt: skip
+    for words in (
+        r"PPO +0\.82 \(0\.79–0\.85\) +9\.8 +49\.3",
+        r"Best of 16 +0\.76",
+        r"SFT, gold 0\.53 +PPO, gold 0\.82",
+        r"Tom & Ann\. Use: <b>drum</b>",
+        r"report/report\.html",
+        r"9 min 20 s in all",
+    ):
         assert re.search(words, shown.replace("\n", " ")), words

@@ -8,11 +8,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from ppo_tools import config, count_t7, critic, policy, same, tokenizer, trainer, weights
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    Qwen3ForSequenceClassification,
-)
+from transformers import BertConfig, BertForSequenceClassification, Qwen3ForSequenceClassification
 
 from pipeline.errors import UserError
 from pipeline.rewards import (
@@ -109,8 +105,9 @@ def test_a_stock_classifier_and_one_with_another_head(tmp_path):
     stock = Qwen3ForSequenceClassification(config(num_labels=1)).eval()
     reward = RewardModel(saved(tmp_path / "q", stock), mixed_precision="no")
     assert reward(TALK[:1], ["t10"]) == pytest.approx([score_alone(stock, [3, 6, 7, 5, 4, 10, 5])], abs=1e-5)
-    shape = BertConfig(vocab_size=16, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
-                       num_labels=1)  # fmt: skip
+    shape = BertConfig(
+        vocab_size=16, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, num_labels=1
+    )
     bert = BertForSequenceClassification(shape).eval()
     reward = RewardModel(saved(tmp_path / "b", bert), mixed_precision="no")
     expected = bert(torch.tensor([[3, 8, 5, 4, 10, 5]])).logits.item()
@@ -334,8 +331,9 @@ def test_a_reward_that_fails_stops_the_run_with_its_state_kept(tmp_path):
 
     def broken(prompts, completions, **columns):
         calls.append(len(prompts))
-        return [float("nan") if len(calls) == 3 and i == 5 else 1.0 * text.count("t7") for i, text in
-                enumerate(completions)]  # fmt: skip
+        return [
+            float("nan") if len(calls) == 3 and i == 5 else 1.0 * text.count("t7") for i, text in enumerate(completions)
+        ]
 
     whole = trainer(tmp_path / "a", rewards=count_t7, normalize_scores=True)
     whole.train()
@@ -353,15 +351,23 @@ def test_a_reward_that_fails_stops_the_run_with_its_state_kept(tmp_path):
 
 @pytest.mark.usefixtures("fresh_accelerator")
 def test_a_run_normalises_and_clips_before_the_penalty(tmp_path):
-    made = trainer(tmp_path, rewards=lambda prompts, completions, number: [float(n) for n in number],
-                   normalize_scores=True, score_clip=0.5, missing_eos_penalty=10.0, response_length=4)  # fmt: skip
+    made = trainer(
+        tmp_path,
+        rewards=lambda prompts, completions, number: [float(n) for n in number],
+        normalize_scores=True,
+        score_clip=0.5,
+        missing_eos_penalty=10.0,
+        response_length=4,
+    )
     seen = []
     for update in range(2):
         rollout, metrics = made.sample(update)
         raw = [float(n) for n in made.prompts.order(8 * update, 8, seed=0)]
         seen += raw
         mean, std = statistics.fmean(seen), statistics.stdev(seen)
-        expected = [max(-0.5, min(0.5, (r - mean) / std)) - 10 * (not end) for r, end in
-                    zip(raw, rollout.ended.tolist(), strict=True)]  # fmt: skip
+        expected = [
+            max(-0.5, min(0.5, (r - mean) / std)) - 10 * (not end)
+            for r, end in zip(raw, rollout.ended.tolist(), strict=True)
+        ]
         assert rollout.scores.tolist() == pytest.approx(expected, abs=1e-5)
         assert metrics["objective/scores_raw"] == pytest.approx(statistics.fmean(raw))

@@ -182,8 +182,19 @@ def test_a_machine_without_git_finishes(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_line_shows_figures_short(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     stage = runtime.Stage(arguments(tmp_path), "sft", {})
-    stage.log({"step": 1200, "loss": 2.34567, "bpb": 1.234567, "grad_norm": 0.51234, "learning_rate": 0.003,
-               "tokens_per_s": 18234, "mfu": 0.3123, "memory_mb": 1512, "seconds_left": 3725.4})  # fmt: skip
+    stage.log(
+        {
+            "step": 1200,
+            "loss": 2.34567,
+            "bpb": 1.234567,
+            "grad_norm": 0.51234,
+            "learning_rate": 0.003,
+            "tokens_per_s": 18234,
+            "mfu": 0.3123,
+            "memory_mb": 1512,
+            "seconds_left": 3725.4,
+        }
+    )
     shown = "step 1,200  loss 2.346  bpb 1.235  grad 0.512  18,234 tok/s  31% of peak  1,512 MB  1:02:05 left"
     assert capsys.readouterr().out == f"sft  {shown}\n"
     assert json.loads((tmp_path / "sft/metrics.jsonl").read_text())["learning_rate"] == 0.003

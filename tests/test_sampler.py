@@ -66,9 +66,15 @@ def test_layout_of_the_result(model):
 def test_logprobs_equal_the_training_forward(model, temperature, precision, tolerance):
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
         samples = generate(
-            model, prompts(), max_new_tokens=40, temperature=temperature, top_k=8, eos_token_id=END, pad_token_id=PAD,
+            model,
+            prompts(),
+            max_new_tokens=40,
+            temperature=temperature,
+            top_k=8,
+            eos_token_id=END,
+            pad_token_id=PAD,
             generator=seeded(),
-        )  # fmt: skip
+        )
         logits = model(samples.sequences).logits  # right padding needs no mask
     logprobs = (logits.float() / temperature).log_softmax(-1)
     for i in range(len(samples.sequences)):
@@ -143,9 +149,14 @@ def test_draws_of_the_whole_loop_follow_the_model(model):
 def test_same_seed_same_result_whatever_the_batches(model):
     def run(seed, **settings):
         return generate(
-            model, prompts(), max_new_tokens=12, eos_token_id=[END, 5], pad_token_id=PAD, generator=seeded(seed),
+            model,
+            prompts(),
+            max_new_tokens=12,
+            eos_token_id=[END, 5],
+            pad_token_id=PAD,
+            generator=seeded(seed),
             **settings,
-        )  # fmt: skip
+        )
 
     first = run(0)
     for again in (run(0), run(0, batch_size=5), run(0, batch_size=1)):
@@ -225,8 +236,16 @@ def test_another_architecture_goes_through_transformers(model):
     assert list(stream(other, prompt, temperature=0, **settings)) == responses(greedy)[0]
 
 
-@pytest.mark.parametrize("ban", [{"suppress_tokens": [7, 8, 9]}, {"no_repeat_ngram_size": 1}, {"min_new_tokens": 9},
-                                 {"bad_words_ids": [[6]]}, {"repetition_penalty": 3.0}])  # fmt: skip
+@pytest.mark.parametrize(
+    "ban",
+    [
+        {"suppress_tokens": [7, 8, 9]},
+        {"no_repeat_ngram_size": 1},
+        {"min_new_tokens": 9},
+        {"bad_words_ids": [[6]]},
+        {"repetition_penalty": 3.0},
+    ],
+)
 def test_a_models_own_generation_config_changes_no_sample(model, ban):
     """What it bans or penalises would be sampled from another distribution than the log-probabilities are of."""
     stock = Qwen3ForCausalLM(model.config).eval()

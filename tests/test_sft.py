@@ -26,8 +26,16 @@ def test_the_loss_is_on_the_answer_and_its_end(tmp_path: Path, form: str) -> Non
         "messages": [{"messages": [USER, a]} for a in (ANSWER, OTHER)],
         "text": [{"prompt": "Write:", "completion": " " + a["content"]} for a in (ANSWER, OTHER)],
     }[form]
-    config = Qwen3Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-                         num_attention_heads=1, num_key_value_heads=1, head_dim=32, pad_token_id=0)  # fmt: skip
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=32,
+        pad_token_id=0,
+    )
     args = resolve(SFTArguments(run_dir=str(tmp_path), per_device_train_batch_size=2, max_steps=1))
     data = Dataset.from_list(rows)
     trainer = build_trainer(args, Stage(args, "sft", {}), GPTForCausalLM(config).train(), tokenizer, data, data)
@@ -42,8 +50,16 @@ def test_the_loss_is_on_the_answer_and_its_end(tmp_path: Path, form: str) -> Non
 def test_rows_that_trl_leaves_out_are_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """TRL cuts at max_length and drops, without a word, what has nothing left to learn from."""
     tokenizer = train_tokenizer(["Write about Ben. Ben ran home."] * 9, 300)
-    config = Qwen3Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-                         num_attention_heads=1, num_key_value_heads=1, head_dim=32, pad_token_id=0)  # fmt: skip
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=32,
+        pad_token_id=0,
+    )
     long, short = {"prompt": "Write " * 50, "completion": " x"}, {"prompt": "Write:", "completion": " Ben ran"}
     args = resolve(SFTArguments(run_dir=str(tmp_path), max_length=20))
     stage = Stage(args, "sft", {})

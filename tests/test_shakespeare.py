@@ -17,9 +17,30 @@ from pipeline.runtime.arguments import TokenizerArguments
 from pipeline.runtime.command_line import parse
 from stages import tokenizer
 
-TINY = ["--max_steps", "40", "--eval_steps", "40", "--hidden_size", "32", "--num_hidden_layers", "1",
-        "--num_attention_heads", "1", "--num_key_value_heads", "1", "--head_dim", "32", "--intermediate_size", "64",
-        "--block_size", "32", "--warmup_steps", "4", "--mixed_precision", "no"]  # fmt: skip
+TINY = [
+    "--max_steps",
+    "40",
+    "--eval_steps",
+    "40",
+    "--hidden_size",
+    "32",
+    "--num_hidden_layers",
+    "1",
+    "--num_attention_heads",
+    "1",
+    "--num_key_value_heads",
+    "1",
+    "--head_dim",
+    "32",
+    "--intermediate_size",
+    "64",
+    "--block_size",
+    "32",
+    "--warmup_steps",
+    "4",
+    "--mixed_precision",
+    "no",
+]
 
 
 @pytest.fixture(scope="module")

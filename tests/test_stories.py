@@ -17,16 +17,7 @@ from reward_data import stories
 from reward_data.stories import check, gold, parse_prompt
 from reward_data.stories.grammar import FRAMES, parse, split_sentences
 from reward_data.stories.judge import score
-from reward_data.stories.lexicon import (
-    ANIMALS,
-    DECOR,
-    HELD_OUT_NAMES,
-    KIND_OF,
-    NAMES,
-    OBJECTS,
-    PLACES,
-    REQUIRED,
-)
+from reward_data.stories.lexicon import ANIMALS, DECOR, HELD_OUT_NAMES, KIND_OF, NAMES, OBJECTS, PLACES, REQUIRED
 from reward_data.stories.spec import WORDINGS, draw, held_out_pair
 from reward_data.stories.telling import Teller, token_count
 

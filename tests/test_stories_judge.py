@@ -11,15 +11,7 @@ from reward_data import stories
 from reward_data.stories import Spec, check, faults, gold
 from reward_data.stories.grammar import CLOSINGS, GROUPS, split_sentences
 from reward_data.stories.judge import score
-from reward_data.stories.lexicon import (
-    ANIMALS,
-    ENDINGS,
-    GENDER,
-    KIND_OF,
-    NAMES,
-    OBJECTS,
-    PLACES,
-)
+from reward_data.stories.lexicon import ANIMALS, ENDINGS, GENDER, KIND_OF, NAMES, OBJECTS, PLACES
 from reward_data.stories.spec import draw, write_prompt
 from reward_data.stories.telling import Teller
 
@@ -234,11 +226,15 @@ def test_what_was_lost_and_found_or_given_is_no_fault(clean: list[Case]) -> None
     for _, spec, prompt, lines in clean[:300]:
         name, thing, friend = spec.name, _thing(spec, lines), _friend(spec, lines)
         found = _insert(
-            lines, f"{name} made a {thing} of wool.", f"{name} lost the {thing} in the snow.",
-            f"At last, {name} found the {thing} again.", f"{name} held the {thing} gently.",
-            f"{name} met {friend} on the way.", f"{name} gave the {thing} to {friend}.",
+            lines,
+            f"{name} made a {thing} of wool.",
+            f"{name} lost the {thing} in the snow.",
+            f"At last, {name} found the {thing} again.",
+            f"{name} held the {thing} gently.",
+            f"{name} met {friend} on the way.",
+            f"{name} gave the {thing} to {friend}.",
             f"{friend} held the {thing} gently.",
-        )  # fmt: skip
+        )
         if check(prompt, lines[-1])["continuity"] == 1:  # the closing stands alone
             assert check(prompt, " ".join(found))["continuity"] == 1, found
 

@@ -18,10 +18,20 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_config(**changes: object) -> Qwen3Config:
     settings = {
-        "vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 128, "pad_token_id": 0, "eos_token_id": 1,
-        "tie_word_embeddings": True, "initializer_range": 0.4, "num_labels": 1,
-    }  # fmt: skip
+        "vocab_size": 300,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.4,
+        "num_labels": 1,
+    }
     return Qwen3Config(**settings | changes)
 
 

@@ -19,14 +19,30 @@ from transformers import Qwen3Config
 FILE = Path(__file__).with_suffix(".json")
 ROWS, PROMPT, RESPONSE = 8, 4, 6
 SHAPE = {
-    "vocab_size": 24, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 48, "tie_word_embeddings": True,
-    "pad_token_id": 0, "eos_token_id": 1,
-}  # fmt: skip
+    "vocab_size": 24,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 48,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
 SETTINGS = {
-    "num_ppo_epochs": 2, "num_mini_batches": 1, "kl_coef": 0.1, "cliprange": 0.1, "cliprange_value": 0.1,
-    "gamma": 0.98, "lam": 0.9, "learning_rate": 5e-3, "temperature": 0.8, "response_length": RESPONSE,
-}  # fmt: skip
+    "num_ppo_epochs": 2,
+    "num_mini_batches": 1,
+    "kl_coef": 0.1,
+    "cliprange": 0.1,
+    "cliprange_value": 0.1,
+    "gamma": 0.98,
+    "lam": 0.9,
+    "learning_rate": 5e-3,
+    "temperature": 0.8,
+    "response_length": RESPONSE,
+}
 
 
 @torch.no_grad()
@@ -78,10 +94,20 @@ def make() -> None:
         classifier = Qwen3Config(num_labels=1, **SHAPE)
         kept["reward"], critic = (by_formula(Qwen3ForSequenceClassification(classifier), p) for p in (0.6, 0.9))
         args = PPOConfig(
-            output_dir=tempfile.mkdtemp(), total_episodes=ROWS, per_device_train_batch_size=ROWS, use_cpu=True,
-            bf16=False, num_sample_generations=0, gradient_checkpointing=False, save_strategy="no", report_to=[],
-            disable_tqdm=True, seed=seed, lr_scheduler_type="constant", **SETTINGS,
-        )  # fmt: skip
+            output_dir=tempfile.mkdtemp(),
+            total_episodes=ROWS,
+            per_device_train_batch_size=ROWS,
+            use_cpu=True,
+            bf16=False,
+            num_sample_generations=0,
+            gradient_checkpointing=False,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            seed=seed,
+            lr_scheduler_type="constant",
+            **SETTINGS,
+        )
         data = Dataset.from_dict({"input_ids": prompts})
         trainer = PPOTrainer(args, tokenizer, policy, reference, kept["reward"], data, critic, eval_dataset=data)
         logged: dict = {}
@@ -100,8 +126,13 @@ def make() -> None:
     }
     logged = {name: value for name, value in logged.items() if "/" in name}
     rows = kept["rows"].tolist()
-    FILE.write_text(json.dumps({"trl": trl.__version__, "rows": rows, "scores": kept["scores"], "logged": logged,
-                                "functions": functions}, indent=1) + "\n")  # fmt: skip
+    FILE.write_text(
+        json.dumps(
+            {"trl": trl.__version__, "rows": rows, "scores": kept["scores"], "logged": logged, "functions": functions},
+            indent=1,
+        )
+        + "\n"
+    )
     print(f"seed {seed} → {FILE}")
 
 
@@ -112,5 +143,6 @@ if __name__ == "__main__":
         sys.path.insert(0, str(FILE.parent.parent))
         from benchmarks.ppo import install_peer
 
-        subprocess.run([sys.executable, __file__, "--make"], env=os.environ | {"PYTHONPATH": str(install_peer())},
-                       check=True)  # fmt: skip
+        subprocess.run(
+            [sys.executable, __file__, "--make"], env=os.environ | {"PYTHONPATH": str(install_peer())}, check=True
+        )

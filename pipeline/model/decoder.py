@@ -89,9 +89,11 @@ class Decoder:
                     q, x, mask = q[:, :, -1:], x[:, -1:], None if mask is None else mask[:, :, -1:]
                 attended = F.scaled_dot_product_attention(
                     *(part.to(self.cache_dtype) for part in (q, k, v)),
-                    attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, scale=1.0,
+                    attn_mask=mask,
+                    is_causal=mask is None and q.shape[2] > 1,
+                    scale=1.0,
                     enable_gqa=self.heads != self.groups,
-                )  # fmt: skip
+                )
                 x = self._add(weights, x, attended.transpose(1, 2).flatten(2))
             return self._logits(x[:, -1])
 

@@ -158,9 +158,19 @@ class AttentionHalf(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(
-        ctx: Any, x: Tensor, norm: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wo: Tensor, q_norm: Tensor,
-        k_norm: Tensor, turns: Tensor, eps: float, dtype: torch.dtype,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        norm: Tensor,
+        wq: Tensor,
+        wk: Tensor,
+        wv: Tensor,
+        wo: Tensor,
+        q_norm: Tensor,
+        k_norm: Tensor,
+        turns: Tensor,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
         size = len(q_norm)
         heads, groups = len(wq) // size, len(wk) // size
         w = torch.cat((pair_up(wq, size), pair_up(wk, size), wv)).to(dtype)
@@ -194,8 +204,9 @@ class AttentionHalf(torch.autograd.Function):
         back = turns.conj().resolve_conj()
         norms = []
         for into, grad_part, count, *saved in (
-            (into_q, grads[0], heads, q, q_norm, r_q), (into_k, grads[1], groups, k, k_norm, r_k),
-        ):  # fmt: skip
+            (into_q, grads[0], heads, q, q_norm, r_q),
+            (into_k, grads[1], groups, k, k_norm, r_k),
+        ):
             grad_part = packed(by_token(grad_part, heads, count), torch.float32)
             grad_part, grad_norm = norm_backward(turn(grad_part, back), *saved)
             into.copy_(grad_part)
@@ -204,8 +215,19 @@ class AttentionHalf(torch.autograd.Function):
         grad_w = rows(grad_qkv).T @ rows(h)
         grad_wq, grad_wk, grad_wv = grad_w.float().split((heads * size, groups * size, groups * size))
         grad_x, grad_norm = norm_backward(grad_qkv @ w, x, norm, r)
-        return (grad_x.add_(grad), grad_norm, part_pairs(grad_wq, size), part_pairs(grad_wk, size), grad_wv,
-                grad_wo.float(), norms[0] * size**-0.5, norms[1], None, None, None)  # fmt: skip
+        return (
+            grad_x.add_(grad),
+            grad_norm,
+            part_pairs(grad_wq, size),
+            part_pairs(grad_wk, size),
+            grad_wv,
+            grad_wo.float(),
+            norms[0] * size**-0.5,
+            norms[1],
+            None,
+            None,
+            None,
+        )
 
 
 # ---- MLP ------------------------------------------------------------------------------------------------------------
@@ -258,16 +280,25 @@ def can_run(block: nn.Module, x: Tensor) -> bool:
     """Whether `run` says exactly what the block says: stock parts in fp32 on CPU that nothing is attached to (LoRA,
     hooks), rows that are not too long, and no compiler at work, which has its own way to fuse."""
     attention, mlp = block.self_attn, block.mlp
-    linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
-               mlp.gate_proj, mlp.up_proj, mlp.down_proj)  # fmt: skip
+    linears = (
+        attention.q_proj,
+        attention.k_proj,
+        attention.v_proj,
+        attention.o_proj,
+        mlp.gate_proj,
+        mlp.up_proj,
+        mlp.down_proj,
+    )
     return (
-        x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[1] <= LONGEST
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.shape[1] <= LONGEST
         and not torch.compiler.is_compiling()
         and not (attention.dropout and block.training)
         and all(type(part) is nn.Linear and part.bias is None and part.weight.dtype == x.dtype for part in linears)
         and type(attention.q_norm) is type(attention.k_norm) is type(block.input_layernorm)
         and not any(part._forward_hooks or part._forward_pre_hooks for part in block.modules() if part is not block)
-    )  # fmt: skip
+    )
 
 
 def run(block: nn.Module, x: Tensor, angles: tuple[Tensor, Tensor], keep: Tensor | None = None) -> Tensor:
@@ -278,9 +309,15 @@ def run(block: nn.Module, x: Tensor, angles: tuple[Tensor, Tensor], keep: Tensor
     projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
     norm, eps = block.input_layernorm.weight, block.input_layernorm.eps
     x = AttentionHalf.apply(
-        x, norm, *(part.weight for part in projections), attention.q_norm.weight, attention.k_norm.weight,
-        torch.complex(*angles), eps, dtype,
-    )  # fmt: skip
+        x,
+        norm,
+        *(part.weight for part in projections),
+        attention.q_norm.weight,
+        attention.k_norm.weight,
+        torch.complex(*angles),
+        eps,
+        dtype,
+    )
     x = x if keep is None else x[keep][None]
     norm = block.post_attention_layernorm.weight
     return MLPHalf.apply(x, norm, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight, eps, dtype)

@@ -127,12 +127,14 @@ class Attention(nn.Module):
             k, v = cache.update(k, v, self.layer)
         with torch.autocast(x.device.type, enabled=False):
             out = F.scaled_dot_product_attention(  # softmax(q·kᵀ/√K + bias)·v
-                q, k, v,
+                q,
+                k,
+                v,
                 attn_mask=None if bias is None else bias.to(dtype),
                 dropout_p=self.dropout if self.training else 0.0,
                 is_causal=bias is None and q.shape[2] > 1,
                 enable_gqa=self.grouped,
-            )  # fmt: skip
+            )
         return self.o_proj(out.transpose(1, 2).flatten(2).to(x.dtype))
 
 
@@ -221,9 +223,15 @@ class GPTModel(GPTPreTrainedModel):
         self.post_init()
 
     def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-        past_key_values=None, inputs_embeds: Tensor | None = None, keep: Tensor | None = None, **_,
-    ) -> outputs.BaseModelOutputWithPast:  # fmt: skip
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        keep: Tensor | None = None,
+        **_,
+    ) -> outputs.BaseModelOutputWithPast:
         """input_ids (B, T) long → .last_hidden_state (B, T, D).
 
         attention_mask (B, T) is 1 for real tokens (None: all); position_ids (1 or B, T) default to 0, 1, 2, … in
@@ -258,10 +266,17 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-        past_key_values=None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None, logits_to_keep: int | Tensor = 0, **_,
-    ) -> outputs.CausalLMOutputWithPast:  # fmt: skip
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **_,
+    ) -> outputs.CausalLMOutputWithPast:
         """Logits (B, T, V), and the mean cross-entropy of labels (B, T) (−100 = ignored) where they are given.
 
         The loss is divided by `num_items_in_batch` (Trainer's count over accumulated batches) instead of the number of
@@ -314,9 +329,13 @@ class GPTForSequenceClassification(GPTPreTrainedModel):
         self.post_init()
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-        labels: Tensor | None = None, **_,
-    ) -> outputs.SequenceClassifierOutputWithPast:  # fmt: skip
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        **_,
+    ) -> outputs.SequenceClassifierOutputWithPast:
         """Logits (B, num_labels) at the rightmost token that is not config.pad_token_id, as stock Qwen3 pools."""
         pad = self.config.pad_token_id
         if pad is None and len(input_ids) > 1:

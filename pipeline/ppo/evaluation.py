@@ -89,8 +89,14 @@ def answer_held_out(trainer: "PPOTrainer", model: nn.Module, with_kl: bool) -> l
         rows = zip(proxy, gold, samples.response_lengths.tolist(), samples.ended.tolist(), answers, strict=True)
         judged = [Judged(p, g, length, ended, text_of(answer)) for p, g, length, ended, answer in rows]
         if with_kl:
-            rollout = Rollout(samples.sequences, samples.prompt_lengths, samples.response_lengths, samples.ended,
-                              None, torch.tensor(proxy, device=device))  # fmt: skip
+            rollout = Rollout(
+                samples.sequences,
+                samples.prompt_lengths,
+                samples.response_lengths,
+                samples.ended,
+                None,
+                torch.tensor(proxy, device=device),
+            )
             for row, kl in zip(judged, _kl_of(trainer, rollout), strict=True):
                 row.kl = kl
         found += judged

@@ -162,9 +162,13 @@ class TokenLogprobsAndValues(TokenLogprobs):
         self.head = head
 
     def forward(
-        self, ids: Tensor, predicts: Tensor, entropy: bool = False, temperature: float | None = None,
+        self,
+        ids: Tensor,
+        predicts: Tensor,
+        entropy: bool = False,
+        temperature: float | None = None,
         trunk_learns: bool = True,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """As TokenLogprobs, and the values (N,); without `trunk_learns` the values' gradient ends at the head."""
         hidden = self.hidden(ids, predicts)
         values = read_values(hidden if trunk_learns else hidden.detach(), self.head)

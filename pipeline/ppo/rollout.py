@@ -135,9 +135,14 @@ class Rollout:
 
 
 def rollout_of(
-    prompts: list[list[int]], completions: list[list[int]], scores: list[float], end_tokens: list[int], pad_token: int,
-    logprobs: list[Any] | None, device: torch.device,
-) -> Rollout:  # fmt: skip
+    prompts: list[list[int]],
+    completions: list[list[int]],
+    scores: list[float],
+    end_tokens: list[int],
+    pad_token: int,
+    logprobs: list[Any] | None,
+    device: torch.device,
+) -> Rollout:
     """Rows that somebody else sampled, as a Rollout: token ids of each, the end token of an answer included."""
 
     def table(rows: list[Any], pad: float, dtype: torch.dtype) -> Tensor:
@@ -176,9 +181,14 @@ def as_ids(rows: Sequence[Any], tokenizer: Any, end_token: int | None = None) ->
 
 
 def check_rows(
-    prompts: list[list[int]], completions: list[list[int]], scores: list[float], logprobs: list[Any] | None,
-    expected: int, context: int | None, vocabulary: int,
-) -> None:  # fmt: skip
+    prompts: list[list[int]],
+    completions: list[list[int]],
+    scores: list[float],
+    logprobs: list[Any] | None,
+    expected: int,
+    context: int | None,
+    vocabulary: int,
+) -> None:
     """Raise UserError for rows that `PPOTrainer.step` cannot learn from."""
     given = {"prompts": prompts, "completions": completions, "scores": scores}
     for name, rows in (given | ({"logprobs": logprobs} if logprobs is not None else {})).items():

@@ -105,9 +105,19 @@ def check_config(args: PPOConfig, world: int, tokenizer: Any) -> None:
     for name, kind in get_type_hints(PPOConfig).items():
         if get_origin(kind) is Literal and getattr(args, name) not in get_args(kind):
             raise UserError(f"{name}: {getattr(args, name)!r} is none of {', '.join(map(repr, get_args(kind)))}")
-    counts = ("total_episodes", "batch_size", "num_mini_batches", "num_ppo_epochs", "per_device_train_batch_size",
-              "response_length", "logging_steps", "num_generations", "adaptive_kl_horizon",
-              "ptx_batch_size", "ptx_max_length")  # fmt: skip
+    counts = (
+        "total_episodes",
+        "batch_size",
+        "num_mini_batches",
+        "num_ppo_epochs",
+        "per_device_train_batch_size",
+        "response_length",
+        "logging_steps",
+        "num_generations",
+        "adaptive_kl_horizon",
+        "ptx_batch_size",
+        "ptx_max_length",
+    )
     for name in counts:
         if getattr(args, name) < 1:
             raise UserError(f"{name}: {getattr(args, name)} is too small; give a positive whole number")
@@ -115,8 +125,19 @@ def check_config(args: PPOConfig, world: int, tokenizer: Any) -> None:
     for name in positive:
         if not getattr(args, name) > 0:
             raise UserError(f"{name}: {getattr(args, name)} must be above 0")
-    for name in ("kl_coef", "missing_eos_penalty", "critic_warmup_updates", "warmup_steps", "weight_decay",
-                 "eval_steps", "save_steps", "ref_sync_updates", "entropy_coef", "ptx_coef", "vf_coef"):  # fmt: skip
+    for name in (
+        "kl_coef",
+        "missing_eos_penalty",
+        "critic_warmup_updates",
+        "warmup_steps",
+        "weight_decay",
+        "eval_steps",
+        "save_steps",
+        "ref_sync_updates",
+        "entropy_coef",
+        "ptx_coef",
+        "vf_coef",
+    ):
         if not getattr(args, name) >= 0:
             raise UserError(f"{name}: {getattr(args, name)} must not be negative")
     for name in ("num_mini_batches", "num_generations"):
@@ -130,9 +151,16 @@ def check_config(args: PPOConfig, world: int, tokenizer: Any) -> None:
             f"adaptive_kl_horizon: {args.adaptive_kl_horizon} episodes are less than the {args.batch_size} of an "
             "update, after which β could jump below 0; give it thousands"
         )
-    for name, low in (("critic_learning_rate", 0), ("dual_clip", 1), ("adaptive_kl_target", 0), ("target_kl", 0),
-                      ("cliprange_high", 0), ("cliprange_value", 0), ("score_clip", 0),
-                      ("sampler_weight_cap", 0)):  # fmt: skip
+    for name, low in (
+        ("critic_learning_rate", 0),
+        ("dual_clip", 1),
+        ("adaptive_kl_target", 0),
+        ("target_kl", 0),
+        ("cliprange_high", 0),
+        ("cliprange_value", 0),
+        ("score_clip", 0),
+        ("sampler_weight_cap", 0),
+    ):
         if getattr(args, name) is not None and not getattr(args, name) > low:
             raise UserError(f"{name}: {getattr(args, name)} must be above {low}, or none")
     if args.ema_decay is not None and not 0 < args.ema_decay < 1:

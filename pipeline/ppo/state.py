@@ -24,11 +24,27 @@ from pipeline.ppo.config import PPOConfig
 if TYPE_CHECKING:
     from pipeline.ppo.trainer import PPOTrainer
 
-COUNTERS = ("updates_done", "evaluated", "tokens", "seconds", "metrics", "kl_coef", "best", "baseline", "watched",
-            "score_moments")  # fmt: skip
+COUNTERS = (
+    "updates_done",
+    "evaluated",
+    "tokens",
+    "seconds",
+    "metrics",
+    "kl_coef",
+    "best",
+    "baseline",
+    "watched",
+    "score_moments",
+)
 # What may change between the parts of one run; of anything else, its result would be of neither.
-FREE = ("output_dir", "gradient_checkpointing", "per_device_train_batch_size", "logging_steps", "eval_steps",
-        "save_steps")  # fmt: skip
+FREE = (
+    "output_dir",
+    "gradient_checkpointing",
+    "per_device_train_batch_size",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+)
 
 
 def save_state(trainer: "PPOTrainer") -> None:

@@ -31,13 +31,7 @@ from pipeline.ppo import algorithm as A
 from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.evaluation import evaluate, keep_best
 from pipeline.ppo.extras import Average, PretrainingText
-from pipeline.ppo.forward import (
-    ReferenceLogprobs,
-    TokenLogprobs,
-    TokenLogprobsAndValues,
-    TokenValues,
-    value_head,
-)
+from pipeline.ppo.forward import ReferenceLogprobs, TokenLogprobs, TokenLogprobsAndValues, TokenValues, value_head
 from pipeline.ppo.learner import Learner
 from pipeline.ppo.rollout import (
     PromptBatch,
@@ -257,12 +251,7 @@ class PPOTrainer(Learner):
         completions = decode_completions(samples, batch.prompts, self.tokenizer)
         scores, metrics = self.shape_scores(self.judge(batch, completions), samples.ended)
         rollout = Rollout(
-            samples.sequences,
-            samples.prompt_lengths,
-            samples.response_lengths,
-            samples.ended,
-            samples.logprobs,
-            scores,
+            samples.sequences, samples.prompt_lengths, samples.response_lengths, samples.ended, samples.logprobs, scores
         )
         return rollout, metrics | {"time/sample": sampled - start, "time/score": self._clock() - sampled}
 

@@ -145,8 +145,11 @@ def headline(run: Run) -> tuple[str, str]:
         return "No verdict yet", f"Finished so far: {done}. The policies have not been judged: run make evaluate."
     sft, ppo, win = run.policies["sft"], run.policies["ppo"], run.win_rate.get("ppo_vs_sft")
     if win is None:
-        return ("No gold judge", f"Without one, all there is to see is that PPO moved the reward model's score from "
-                f"{sft['proxy']:.2f} to {ppo['proxy']:.2f} at a KL of {ppo['kl']:.1f} nats.")  # fmt: skip
+        return (
+            "No gold judge",
+            f"Without one, all there is to see is that PPO moved the reward model's score from "
+            f"{sft['proxy']:.2f} to {ppo['proxy']:.2f} at a KL of {ppo['kl']:.1f} nats.",
+        )
     low, high = win["ci95"]
     verdict = "better" if low > 0.5 else "worse" if high < 0.5 else None
     title = f"PPO made the model {verdict}" if verdict else "PPO made no clear difference"
@@ -175,11 +178,18 @@ def policy_rows(run: Run) -> list[list[str]]:
     """The policies as a table of text: name, gold, proxy, KL, length, distinct-2, bits per byte, share without end."""
     rows = []
     for name, p in run.policies.items():
-        rows.append([
-            policy_title(name), with_interval(p), number(p["proxy"], ".2f"), number(p["kl"], ".1f"),
-            number(p["length"], ".1f"), number(p["distinct_2"], ".2f"), number(p.get("bpb_under_pretrained"), ".2f"),
-            number(p.get("without_eos"), ".0%"),
-        ])  # fmt: skip
+        rows.append(
+            [
+                policy_title(name),
+                with_interval(p),
+                number(p["proxy"], ".2f"),
+                number(p["kl"], ".1f"),
+                number(p["length"], ".1f"),
+                number(p["distinct_2"], ".2f"),
+                number(p.get("bpb_under_pretrained"), ".2f"),
+                number(p.get("without_eos"), ".0%"),
+            ]
+        )
     return rows
 
 
@@ -233,7 +243,7 @@ def _key_figures(name: str, run: Run) -> str:
         "preferences": (("flip_rate", "{:.1%} of labels flipped by noise"),),
         "reward": (("accuracy", "{:.1%} of held-out pairs right"),),
         "ppo": (("kl", "KL {:.1f} nats"), ("episodes_per_s", "{:.1f} episodes/s")),
-    }  # fmt: skip
+    }
     if name == "evaluate":
         win = run.win_rate.get("ppo_vs_sft")
         return f"PPO wins {win['mean']:.0%} against SFT" if win else "–"

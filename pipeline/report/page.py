@@ -20,9 +20,14 @@ from pipeline.report.gather import (
 from pipeline.report.plots import PALETTE, Plot
 
 DARK = {
-    "ink": "#e9e6df", "muted": "#9b9fa6", "grid": "#2d3136", "quiet": "#747982", "sft": "#e5936b", "best": "#d9b256",
+    "ink": "#e9e6df",
+    "muted": "#9b9fa6",
+    "grid": "#2d3136",
+    "quiet": "#747982",
+    "sft": "#e5936b",
+    "best": "#d9b256",
     "ppo": "#56c4bd",
-}  # fmt: skip
+}
 SHOWN = ("pretrain", "sft", "ppo")  # whose answers stand side by side
 
 CSS = """

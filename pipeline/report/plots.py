@@ -17,20 +17,40 @@ if TYPE_CHECKING:
 
 # Role → light colour; report_html.py has the dark ones under the same names.
 PALETTE = {
-    "ink": "#1d2024", "muted": "#6c717a", "grid": "#e6e4dd", "quiet": "#a9adb4", "sft": "#b5562e", "best": "#bf9020",
+    "ink": "#1d2024",
+    "muted": "#6c717a",
+    "grid": "#e6e4dd",
+    "quiet": "#a9adb4",
+    "sft": "#b5562e",
+    "best": "#bf9020",
     "ppo": "#0c6f70",
-}  # fmt: skip
+}
 SIZE = (4.7, 2.9)  # inches
 STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "report", "font.family": "sans-serif", "font.size": 9,
-    "lines.linewidth": 1.8, "lines.solid_capstyle": "round",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.edgecolor": PALETTE["quiet"],
-    "axes.labelcolor": PALETTE["muted"], "axes.labelsize": 8.5,
-    "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True,
-    "grid.color": PALETTE["grid"], "grid.linewidth": 0.8,
-    "xtick.color": PALETTE["muted"], "xtick.labelsize": 8, "xtick.major.size": 3,
-    "ytick.color": PALETTE["muted"], "ytick.labelsize": 8, "ytick.major.size": 0,
-}  # fmt: skip
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.edgecolor": PALETTE["quiet"],
+    "axes.labelcolor": PALETTE["muted"],
+    "axes.labelsize": 8.5,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": PALETTE["grid"],
+    "grid.linewidth": 0.8,
+    "xtick.color": PALETTE["muted"],
+    "xtick.labelsize": 8,
+    "xtick.major.size": 3,
+    "ytick.color": PALETTE["muted"],
+    "ytick.labelsize": 8,
+    "ytick.major.size": 0,
+}
 SMOOTHING = 0.75  # weight of the past in the running mean of noisy curves
 
 
@@ -175,8 +195,16 @@ def _gold_by_policy(axes: "Axes", run: Run) -> bool:
         colour, (low, high) = PALETTE[roles.get(name, "best")], figures["gold_ci95"]
         axes.plot([low, high], [place, place], color=colour, linewidth=5, alpha=0.3)
         axes.plot([figures["gold"]], [place], "o", color=colour, markersize=8)
-        axes.text(1.03, place, f"{figures['gold']:.2f}", transform=axes.get_yaxis_transform(), color=PALETTE["ink"],
-                  fontsize=10, fontweight="bold", va="center")  # fmt: skip
+        axes.text(
+            1.03,
+            place,
+            f"{figures['gold']:.2f}",
+            transform=axes.get_yaxis_transform(),
+            color=PALETTE["ink"],
+            fontsize=10,
+            fontweight="bold",
+            va="center",
+        )
     axes.set(xlim=(0, 1), ylim=(-0.6, len(rows) - 0.4), ylabel="mean score of the judge, 95% interval")
     titles = [policy_title(name) for name, _ in reversed(rows)]
     axes.set_yticks(range(len(rows)), titles, fontsize=9, color=PALETTE["ink"])
@@ -187,38 +215,61 @@ def _gold_by_policy(axes: "Axes", run: Run) -> bool:
 
 def _pretrain_loss(axes: "Axes", run: Run) -> bool:
     axes.set(xlabel="optimizer steps", ylabel="nats per token")
-    return _curves(axes, [("training", "quiet", run.series("pretrain", "loss"), False),
-                          ("held out", "ppo", run.series("pretrain", "val_loss"), False)])  # fmt: skip
+    return _curves(
+        axes,
+        [
+            ("training", "quiet", run.series("pretrain", "loss"), False),
+            ("held out", "ppo", run.series("pretrain", "val_loss"), False),
+        ],
+    )
 
 
 def _pretrain_bpb(axes: "Axes", run: Run) -> bool:
     axes.set(xlabel="optimizer steps", ylabel="bits per byte")
     xs, ys = run.series("pretrain", "val_bpb")
-    levels = [(f"{kind} {bits:.2f}", "muted", bits) for kind in ("uniform", "bigram")
-              if (bits := run.final("pretrain", f"{kind}_bpb")) is not None]  # fmt: skip
+    levels = [
+        (f"{kind} {bits:.2f}", "muted", bits)
+        for kind in ("uniform", "bigram")
+        if (bits := run.final("pretrain", f"{kind}_bpb")) is not None
+    ]
     axes.set_ylim(0, 1.1 * max([*ys, *(bits for _, _, bits in levels)], default=1))
     return _curves(axes, [(f"GPT {ys[-1]:.2f}" if ys else "", "ppo", (xs, ys), False)], levels)
 
 
 def _sft_loss(axes: "Axes", run: Run) -> bool:
     axes.set(xlabel="optimizer steps", ylabel="nats per token")
-    return _curves(axes, [("training", "quiet", run.series("sft", "loss"), False),
-                          ("held out", "ppo", run.series("sft", "eval_loss"), False)])  # fmt: skip
+    return _curves(
+        axes,
+        [
+            ("training", "quiet", run.series("sft", "loss"), False),
+            ("held out", "ppo", run.series("sft", "eval_loss"), False),
+        ],
+    )
 
 
 def _reward_accuracy(axes: "Axes", run: Run) -> bool:
     axes.set(xlabel="optimizer steps", ylabel="share of pairs, noisy labels", ylim=(0.4, 1.0))
-    return _curves(axes, [("training", "quiet", run.series("reward", "accuracy"), False),
-                          ("held out", "ppo", run.series("reward", "eval_accuracy"), False)],
-                   [("chance", "muted", 0.5)])  # fmt: skip
+    return _curves(
+        axes,
+        [
+            ("training", "quiet", run.series("reward", "accuracy"), False),
+            ("held out", "ppo", run.series("reward", "eval_accuracy"), False),
+        ],
+        [("chance", "muted", 0.5)],
+    )
 
 
 def _reward_loss(axes: "Axes", run: Run) -> bool:
     axes.set(xlabel="optimizer steps", ylabel="−log σ(margin), nats")
     axes.set_ylim(0, 1.1 * max([0.75, *run.series("reward", "loss")[1]]))
-    return _curves(axes, [("training", "quiet", run.series("reward", "loss"), False),
-                          ("held out", "ppo", run.series("reward", "eval_loss"), False)],
-                   [("coin, log 2", "muted", 0.6931)])  # fmt: skip
+    return _curves(
+        axes,
+        [
+            ("training", "quiet", run.series("reward", "loss"), False),
+            ("held out", "ppo", run.series("reward", "eval_loss"), False),
+        ],
+        [("coin, log 2", "muted", 0.6931)],
+    )
 
 
 def _calibration(axes: "Axes", run: Run) -> bool:
@@ -243,9 +294,14 @@ def _ppo(run: Run, name: str) -> tuple[list[float], list[float]]:
 
 def _ppo_reward(axes: "Axes", run: Run) -> bool:
     axes.set(xlabel="episodes", ylabel="reward model's standard scores")
-    return _curves(axes, [("score", "ppo", _ppo(run, "objective/scores"), True),
-                          ("less KL", "muted", _ppo(run, "objective/rlhf_reward"), True),
-                          ("held out", "ink", _ppo(run, "eval/proxy"), False)])  # fmt: skip
+    return _curves(
+        axes,
+        [
+            ("score", "ppo", _ppo(run, "objective/scores"), True),
+            ("less KL", "muted", _ppo(run, "objective/rlhf_reward"), True),
+            ("held out", "ink", _ppo(run, "eval/proxy"), False),
+        ],
+    )
 
 
 def _ppo_gold(axes: "Axes", run: Run) -> bool:

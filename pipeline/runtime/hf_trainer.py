@@ -23,9 +23,22 @@ from pipeline.runtime.record import Stage
 def training_kwargs(args: TrainingFields, stage: Stage) -> dict[str, Any]:
     """Keyword arguments of TrainingArguments, and so of TRL's SFTConfig and RewardConfig. Raises UserError."""
     on_cpu = not torch.cuda.is_available()
-    same = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
-            "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta2", "max_grad_norm",
-            "gradient_checkpointing", "logging_steps", "eval_steps", "save_steps", "seed")  # fmt: skip
+    same = (
+        "max_steps",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "weight_decay",
+        "adam_beta2",
+        "max_grad_norm",
+        "gradient_checkpointing",
+        "logging_steps",
+        "eval_steps",
+        "save_steps",
+        "seed",
+    )
     return {
         **{name: getattr(args, name) for name in same},
         "lr_scheduler_kwargs": schedule_kwargs(args),
@@ -81,9 +94,13 @@ class StageCallback(TrainerCallback):
     would use all of the machine, mfu. `translate` renames or adds to what the Trainer logs.
     """
 
-    def __init__(self, stage: Stage, tokens_per_step: float | None = None,
-                 translate: Callable[[dict], dict] = lambda row: row,
-                 peak_tokens_per_s: float | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        stage: Stage,
+        tokens_per_step: float | None = None,
+        translate: Callable[[dict], dict] = lambda row: row,
+        peak_tokens_per_s: float | None = None,
+    ) -> None:
         self.stage, self.tokens_per_step, self.translate = stage, tokens_per_step, translate
         self.peak_tokens_per_s = peak_tokens_per_s
         self.speeds: list[float] = []
@@ -141,8 +158,9 @@ class StageCallback(TrainerCallback):
         left = pace * (state.max_steps - state.global_step)
         return {**figures, "memory_mb": peak_memory_mb(), "seconds_left": round(left, 2)}
 
-    def on_evaluate(self, args: HFTrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict,
-                    **_: Any) -> None:  # fmt: skip
+    def on_evaluate(
+        self, args: HFTrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, **_: Any
+    ) -> None:
         self.paused += metrics.get("eval_runtime", 0.0)
 
     def on_save(self, args: HFTrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -160,8 +160,9 @@ class Stage:
         What then has to go is removed by `begin`, when everything has been checked. Raises UserError for a folder
         that holds somebody else's `checkpoints` or `metrics.jsonl`.
         """
-        config = {k: self._without_run_dir(v) for k, v in dataclasses.asdict(self.args).items()
-                  if k not in COSMETIC_FIELDS}  # fmt: skip
+        config = {
+            k: self._without_run_dir(v) for k, v in dataclasses.asdict(self.args).items() if k not in COSMETIC_FIELDS
+        }
         world = int(os.environ.get("WORLD_SIZE", "1"))
         identity = {"config": config, "inputs": {k: v["sha256"] for k, v in self.inputs.items()}, "processes": world}
         identity_file = self.checkpoints / "identity.json"

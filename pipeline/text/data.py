@@ -42,9 +42,15 @@ log = logging.getLogger(__name__)
 
 
 def load_texts(
-    dataset: str, *, split: Split, seed: int = 0, max_bytes: int | None = None, text_column: str = "text",
-    without: Container[bytes] = (), streaming: bool = False,
-) -> list[str]:  # fmt: skip
+    dataset: str,
+    *,
+    split: Split,
+    seed: int = 0,
+    max_bytes: int | None = None,
+    text_column: str = "text",
+    without: Container[bytes] = (),
+    streaming: bool = False,
+) -> list[str]:
     """Documents to pretrain on, without duplicates, in an order set by `seed`, up to `max_bytes` of UTF-8.
 
     A .txt file holds documents separated by `<|endoftext|>`; without that mark it is one document, kept whole. A single
@@ -53,8 +59,11 @@ def load_texts(
     of TextStream, in the corpus's order, and no more is read than `max_bytes` needs. Raises UserError.
     """
     if streaming:
-        documents = list(TextStream(dataset, split=split, seed=seed, max_bytes=max_bytes,
-                                    text_column=text_column, without=without).one_pass())  # fmt: skip
+        documents = list(
+            TextStream(
+                dataset, split=split, seed=seed, max_bytes=max_bytes, text_column=text_column, without=without
+            ).one_pass()
+        )
         if not documents:
             raise _no_text(dataset, split)
         return documents
@@ -98,9 +107,16 @@ class TextStream:
     """
 
     def __init__(
-        self, dataset: str, *, split: Split, seed: int = 0, max_bytes: int | None = None, text_column: str = "text",
-        without: Container[bytes] = (), buffer_size: int = 10_000,
-    ) -> None:  # fmt: skip
+        self,
+        dataset: str,
+        *,
+        split: Split,
+        seed: int = 0,
+        max_bytes: int | None = None,
+        text_column: str = "text",
+        without: Container[bytes] = (),
+        buffer_size: int = 10_000,
+    ) -> None:
         self.dataset, self.split, self.seed, self.max_bytes = dataset, split, seed, max_bytes
         self.text_column, self.without, self.buffer_size = text_column, without, buffer_size
         self.documents = self.duplicates = 0

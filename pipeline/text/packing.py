@@ -60,9 +60,12 @@ def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, block_size: i
     rows = Dataset(pa.table({"input_ids": column, "row": np.arange(len(lengths))}))
     first = tokenizer.decode(ids[:1].tolist())
     return Packed(
-        rows, ids, tokens=len(ids) - 1, bytes=sum(len(text.encode()) for text in texts) - _bytes_of(ids[:1], tokenizer),
+        rows,
+        ids,
+        tokens=len(ids) - 1,
+        bytes=sum(len(text.encode()) for text in texts) - _bytes_of(ids[:1], tokenizer),
         characters=sum(map(len, texts)) - len(first),
-    )  # fmt: skip
+    )
 
 
 class StreamedRows(IterableDataset):

@@ -29,9 +29,17 @@ DOWNLOADS = {
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 LONGEST_DOCUMENT = 2**26  # bytes of a text file that is streamed within which a document should end
 SPLIT_WORDS = {
-    "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
-    "dev": "validation", "eval": "validation", "test": "test", "preferences": "preferences", "ppo": "ppo",
-}  # fmt: skip
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "eval": "validation",
+    "test": "test",
+    "preferences": "preferences",
+    "ppo": "ppo",
+}
 HUB_HINTS = {"preferences": "prefs", "instructions": "sft", "prompts": "gen"}  # UltraFeedback: train_prefs, train_sft
 
 Split = Literal["train", "validation", "test", "preferences", "ppo"]
@@ -119,8 +127,13 @@ def _suffix(path: Path) -> str:
 
 def _read(path: Path) -> Iterator[Row]:
     """Rows of a data file; a text file has one row a document, under `text`. Raises UserError with file and row."""
-    readers = {".txt": _txt_rows, ".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows,
-               ".parquet": _parquet_rows}  # fmt: skip
+    readers = {
+        ".txt": _txt_rows,
+        ".jsonl": _jsonl_rows,
+        ".json": _json_rows,
+        ".csv": _csv_rows,
+        ".parquet": _parquet_rows,
+    }
     if _suffix(path) not in readers:
         raise UserError(f"dataset: {path} is no known kind of data file (known: {', '.join(SUFFIXES)}, or .gz)")
     empty = True

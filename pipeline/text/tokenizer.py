@@ -18,8 +18,13 @@ from pipeline.errors import UserError
 from pipeline.text.sources import is_local
 
 PAD, END_OF_TEXT, SYSTEM, USER, ASSISTANT, END_OF_TURN = SPECIAL_TOKENS = (
-    "<|pad|>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>",
-)  # fmt: skip
+    "<|pad|>",
+    "<|endoftext|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+)
 
 # The markers tell TRL which tokens the assistant wrote; the end of its turn is one of them, or it never learns to stop.
 CHAT_TEMPLATE = (
@@ -42,9 +47,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     bpe.train_from_iterator(texts, trainer)
     return _finished(bpe)
 
@@ -64,9 +71,14 @@ def character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 def _finished(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END_OF_TEXT, chat_template=CHAT_TEMPLATE,
-        additional_special_tokens=list(SPECIAL_TOKENS[2:]), padding_side="right", clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END_OF_TEXT,
+        chat_template=CHAT_TEMPLATE,
+        additional_special_tokens=list(SPECIAL_TOKENS[2:]),
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str], **options: Any) -> list[list[int]]:

@@ -99,10 +99,19 @@ def _slot_class(variable: str, form: str) -> str:
 def _classes() -> dict[str, tuple[str, ...]]:
     """Word → the slot classes that it can fill."""
     sets = {
-        "name": NAMES, "person S": (*NAMES, "He", "She"), "person s": (*NAMES, "he", "she"),
-        "person o": (*NAMES, "him", "her"), "O": OBJECTS, "A": ANIMALS, "L": PLACES, "it": ("it",),
-        "article a": ("a", "an"), "article A": ("A", "An"), **AGREE, **DECOR,
-    }  # fmt: skip
+        "name": NAMES,
+        "person S": (*NAMES, "He", "She"),
+        "person s": (*NAMES, "he", "she"),
+        "person o": (*NAMES, "him", "her"),
+        "O": OBJECTS,
+        "A": ANIMALS,
+        "L": PLACES,
+        "it": ("it",),
+        "article a": ("a", "an"),
+        "article A": ("A", "An"),
+        **AGREE,
+        **DECOR,
+    }
     classes: dict[str, list[str]] = {}
     for name, words in sets.items():
         for word in words:

@@ -105,12 +105,7 @@ DECOR_TEXT = {
 }
 DECOR = {slot: _words(text) for slot, text in DECOR_TEXT.items()}
 
-AGREE = {
-    "he": ("he", "she"),
-    "his": ("his", "her"),
-    "boy": ("boy", "girl"),
-    "child": ("son", "daughter"),
-}
+AGREE = {"he": ("he", "she"), "his": ("his", "her"), "boy": ("boy", "girl"), "child": ("son", "daughter")}
 """Words that follow the gender of the sentence's subject: slot → (masculine, feminine)."""
 
 

@@ -19,12 +19,41 @@ from .world import LOST, THERE, World
 T = TypeVar("T")
 
 MIDDLE_WEIGHTS = {
-    "mid.plain": 8, "mid.talk": 3, "meet.friend": 4, "mid.two": 5, "mid.they": 2, "have.new": 2, "find.new": 3,
-    "find.place": 1, "see.new": 2, "pick": 3, "want.new": 1, "want.other": 1, "use": 7, "use.two": 3, "give": 4,
-    "take": 2, "have.friend": 1, "lose": 1, "seek": 4, "found": 4, "drop": 1, "break": 0.5, "animal.new": 3,
-    "animal.place": 2, "animal.use": 7, "animal.thing": 3, "animal.bring": 1, "animal.steal": 1, "animal.return": 4,
-    "animal.away": 0.7, "go": 2, "go.two": 2, "at": 3, "leave": 0.5,
-}  # fmt: skip
+    "mid.plain": 8,
+    "mid.talk": 3,
+    "meet.friend": 4,
+    "mid.two": 5,
+    "mid.they": 2,
+    "have.new": 2,
+    "find.new": 3,
+    "find.place": 1,
+    "see.new": 2,
+    "pick": 3,
+    "want.new": 1,
+    "want.other": 1,
+    "use": 7,
+    "use.two": 3,
+    "give": 4,
+    "take": 2,
+    "have.friend": 1,
+    "lose": 1,
+    "seek": 4,
+    "found": 4,
+    "drop": 1,
+    "break": 0.5,
+    "animal.new": 3,
+    "animal.place": 2,
+    "animal.use": 7,
+    "animal.thing": 3,
+    "animal.bring": 1,
+    "animal.steal": 1,
+    "animal.return": 4,
+    "animal.away": 0.7,
+    "go": 2,
+    "go.two": 2,
+    "at": 3,
+    "leave": 0.5,
+}
 """How readily each group is told in the middle where it can happen; following up weighs more than bringing in."""
 
 OPENINGS = tuple(name for name in GROUPS if name.startswith("open."))

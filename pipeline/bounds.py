@@ -1,0 +1,49 @@
+"""Bounds of settings, written beside each field: `max_steps: Count = 1000`, `lam: Share = 0.95`.
+
+The marks are those of the package annotated_types, which pydantic and others read too. `check_bounds` looks at a
+dataclass that is filled, whether from a YAML file, the command line or Python.
+"""
+
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Interval, Le, Lt, MultipleOf
+
+from pipeline.errors import UserError
+
+Count = Annotated[int, Ge(1)]  # a whole number from 1 up
+CountOrZero = Annotated[int, Ge(0)]  # 0 where that means none
+Positive = Annotated[float, Gt(0)]
+NotNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Interval(ge=0, le=1)]
+OpenShare = Annotated[float, Interval(gt=0, lt=1)]
+Even = Annotated[int, Ge(2), MultipleOf(2)]
+Seed = Annotated[int, Interval(ge=0, lt=2**32)]
+
+TESTS = {
+    Ge: ("at least", lambda value, limit: value >= limit),
+    Gt: ("above", lambda value, limit: value > limit),
+    Le: ("at most", lambda value, limit: value <= limit),
+    Lt: ("below", lambda value, limit: value < limit),
+    MultipleOf: ("a multiple of", lambda value, limit: value % limit == 0),
+}
+
+
+def check_bounds(settings: Any) -> None:
+    """Raise UserError for the first field of a dataclass that lies outside its bounds or is none of its choices."""
+    for name, kind in get_type_hints(type(settings), include_extras=True).items():
+        value = getattr(settings, name)
+        options = (kind,) if get_origin(kind) in (Annotated, Literal) else get_args(kind)
+        for option in options:
+            if get_origin(option) is Literal and value not in get_args(option):
+                raise UserError(f"{name}: {value!r} is none of {', '.join(map(repr, get_args(option)))}")
+            if get_origin(option) is Annotated and value is not None:
+                _check(name, value, get_args(option)[1:], ", or none" if type(None) in options else "")
+
+
+def _check(name: str, value: float, marks: tuple[Any, ...], or_none: str) -> None:
+    marks = tuple(part for mark in marks for part in (mark if isinstance(mark, Interval) else [mark]))
+    limits = [(TESTS[type(mark)], next(iter(vars(mark).values()))) for mark in marks]
+    if not all(test(value, limit) for (_, test), limit in limits):
+        raise UserError(
+            f"{name}: {value} must be {' and '.join(f'{sign} {limit:g}' for (sign, _), limit in limits)}{or_none}"
+        )
