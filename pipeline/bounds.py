@@ -4,6 +4,7 @@ The marks are those of the package annotated_types, which pydantic and others re
 dataclass that is filled, whether from a YAML file, the command line or Python.
 """
 
+from dataclasses import fields
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, Le, Lt, MultipleOf
@@ -42,7 +43,7 @@ def check_bounds(settings: Any) -> None:
 
 def _check(name: str, value: float, marks: tuple[Any, ...], or_none: str) -> None:
     marks = tuple(part for mark in marks for part in (mark if isinstance(mark, Interval) else [mark]))
-    limits = [(TESTS[type(mark)], next(iter(vars(mark).values()))) for mark in marks]
+    limits = [(TESTS[type(mark)], getattr(mark, fields(mark)[0].name)) for mark in marks]
     if not all(test(value, limit) for (_, test), limit in limits):
         raise UserError(
             f"{name}: {value} must be {' and '.join(f'{sign} {limit:g}' for (sign, _), limit in limits)}{or_none}"
