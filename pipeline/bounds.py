@@ -46,5 +46,5 @@ def _check(name: str, value: float, marks: tuple[Any, ...], or_none: str) -> Non
     limits = [(TESTS[type(mark)], getattr(mark, fields(mark)[0].name)) for mark in marks]
     if not all(test(value, limit) for (_, test), limit in limits):
         raise UserError(
-            f"{name}: {value} must be {' and '.join(f'{sign} {limit:g}' for (sign, _), limit in limits)}{or_none}"
+            f"{name}: {value} must be {' and '.join(f'{sign} {limit}' for (sign, _), limit in limits)}{or_none}"
         )
