@@ -117,10 +117,10 @@ def ours(mode: str, updates: int, shape: dict[str, int], trunk: bool = False) ->
         rows = [{"prompt": " ".join(f"w{token}" for token in row)} for row in ids]
         judge = RewardModel(folder, mixed_precision=precision, batch_size=shape["batch"])
         trainer = PPOTrainer(
-            policy, None, judge, None if trunk else critic, args, rows, processing_class=tokenizer, callbacks=[account]
+            policy, judge, args, rows, tokenizer, critic=None if trunk else critic, callbacks=[account]
         )
         final = trainer.train()
-    assert shape is FLAT or trainer.tokens == updates * shape["batch"] * shape["response"]
+    assert shape is FLAT or trainer.state.tokens == updates * shape["batch"] * shape["response"]
     return {
         "who": "ours, one trunk" if trunk else "ours",
         "mode": mode,

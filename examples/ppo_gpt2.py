@@ -18,30 +18,13 @@ def says_good(prompts, completions, **columns):
 
 
 torch.manual_seed(0)
-shape = GPT2Config(
-    vocab_size=len(words),
-    n_embd=64,
-    n_layer=2,
-    n_head=2,
-    n_positions=32,
-    num_labels=1,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=1,
-)
+size = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 32}
+shape = GPT2Config(vocab_size=len(words), pad_token_id=0, bos_token_id=1, eos_token_id=1, num_labels=1, **size)
 policy = GPT2LMHeadModel(shape)  # AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 critic = GPT2ForSequenceClassification(shape)  # the same, of your policy or reward model, with num_labels=1
 prompts = [{"prompt": f"the {noun} {verb}"} for noun in ("film", "story") for verb in ("was", "is")]
-args = PPOConfig(
-    output_dir="runs/ppo_gpt2",
-    total_episodes=1024,
-    batch_size=64,
-    num_mini_batches=2,
-    num_ppo_epochs=2,
-    response_length=8,
-    learning_rate=2e-3,
-    kl_coef=0.01,
-)
-trainer = PPOTrainer(policy, None, says_good, critic, args, train_dataset=prompts, processing_class=tokenizer)
+updates = {"total_episodes": 1024, "batch_size": 64, "num_mini_batches": 2, "num_ppo_epochs": 2}
+args = PPOConfig("runs/ppo_gpt2", response_length=8, learning_rate=2e-3, kl_coef=0.01, **updates)
+trainer = PPOTrainer(policy, says_good, args, prompts, tokenizer, critic=critic)
 trainer.train()
 trainer.save_model(args.output_dir)

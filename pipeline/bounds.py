@@ -16,6 +16,7 @@ CountOrZero = Annotated[int, Ge(0)]  # 0 where that means none
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
+Decay = Annotated[float, Interval(ge=0, lt=1)]  # of a running mean
 OpenShare = Annotated[float, Interval(gt=0, lt=1)]
 Even = Annotated[int, Ge(2), MultipleOf(2)]
 Seed = Annotated[int, Interval(ge=0, lt=2**32)]

@@ -23,8 +23,6 @@ from reward_data.formats import answer_to, text_of
 
 RewardFunction = Callable[..., list[float]]
 Combine = Literal["mean", "min", "uwo"]
-Reduce = Callable[[Tensor], Tensor]
-"""Sum of a tensor over all processes."""
 
 
 class RewardModel:
@@ -156,42 +154,19 @@ def checked(
     return values
 
 
+def combined(rewards: RewardFunction | Sequence[RewardFunction]) -> RewardFunction:
+    """One reward, or several added up, with every value checked."""
+    if isinstance(rewards, WeightedRewards):
+        return rewards
+    functions = [rewards] if callable(rewards) else list(rewards)
+    if not functions:
+        raise UserError("no reward is given; pass at least one function or reward model")
+    return WeightedRewards([(name_of(f), f, 1.0) for f in functions])
+
+
 def name_of(function: RewardFunction) -> str:
     """What a reward is called in a sentence: its folder or its function's name."""
     return getattr(function, "path", getattr(function, "__name__", type(function).__name__))
-
-
-# --- scaling ----------------------------------------------------------------------------------------------------------
-
-
-def add_to_moments(moments: Sequence[float], scores: Tensor, reduce: Reduce | None = None) -> list[float]:
-    """Count, mean and Σ(x − mean)² of all scores so far and those of a further batch, over all processes.
-
-    Chan, Golub and LeVeque's update: exact for any split into batches, and no difference of large sums.
-    """
-    count, mean, squares = moments
-    scores = scores.double()
-    sums = torch.stack([torch.tensor(float(len(scores)), device=scores.device).double(), scores.sum()])
-    new_count, total = (reduce(sums) if reduce else sums).tolist()
-    new_mean = total / new_count
-    spread = ((scores - new_mean) ** 2).sum()
-    new_squares = float(reduce(spread) if reduce else spread)
-    both, gap = count + new_count, new_mean - mean
-    return [both, mean + gap * new_count / both, squares + new_squares + gap**2 * count * new_count / both]
-
-
-def standard_deviation(moments: Sequence[float]) -> float:
-    """Of all scores so far, from their count, mean and Σ(x − mean)²; 1 where they are equal, or there are none."""
-    count, _, squares = moments
-    std = math.sqrt(squares / max(1.0, count - 1))
-    return std if std > 1e-8 else 1.0
-
-
-def scale_scores(scores: Tensor, moments: Sequence[float] | None, clip: float | None) -> Tensor:
-    """(score − mean)/standard deviation by `moments`, if given, then clipped to ±clip, if given."""
-    if moments is not None:
-        scores = (scores - moments[1]) / standard_deviation(moments)
-    return scores if clip is None else scores.clamp(-clip, clip)
 
 
 # --- by name ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from pipeline.errors import UserError
 from pipeline.model.load import fit_embeddings, load_critic, load_policy
 from pipeline.model.lora import add_lora
 from pipeline.ppo import PPOTrainer
+from pipeline.ppo.advantages import ESTIMATORS
 from pipeline.rewards import load_function, load_rewards, reward_names
 from pipeline.runtime import record as runtime
 from pipeline.runtime.arguments import PPOArguments
@@ -37,13 +38,14 @@ def main(args: PPOArguments) -> None:
     trunk; the reward model stays fixed."""
     rewards = {f"reward_{i}": r for i, r in enumerate(reward_names(args.reward)) if ":" not in r}
     inputs = {"model": args.model_name_or_path, **rewards}
-    if not args.share_trunk:
+    needs_critic = ESTIMATORS[args.advantage_estimator].needs_critic and not args.share_trunk
+    if needs_critic:
         inputs["critic"] = args.critic_name_or_path
     stage = runtime.Stage(args, "ppo", inputs | {"dataset": args.dataset, "ptx_dataset": args.ptx_dataset})
     stage.shown = SHOWN
     tokenizer = load_tokenizer(args.model_name_or_path)
     policy = load_policy(args.model_name_or_path)
-    critic = None if args.share_trunk else load_critic(args.critic_name_or_path)
+    critic = load_critic(args.critic_name_or_path) if needs_critic else None
     fit_embeddings(policy, tokenizer, args.model_name_or_path)
     if critic is not None:
         fit_embeddings(critic, tokenizer, args.critic_name_or_path)
@@ -51,27 +53,26 @@ def main(args: PPOArguments) -> None:
         policy = add_lora(policy, args.lora_r, args.lora_alpha, args.lora_target_modules)
         critic = critic and add_lora(critic, args.lora_r, args.lora_alpha)
     trainer = PPOTrainer(
-        policy=policy,
-        reference=None,  # the policy as it is now
-        rewards=load_rewards(
+        policy,
+        load_rewards(
             args.reward,
             args.reward_weights,
             mixed_precision=args.mixed_precision,
             ensemble=args.reward_ensemble,
             uwo_coef=args.uwo_coef,
         ),
-        critic=critic,
-        args=args,
-        train_dataset=data.load_prompts(args.dataset, split="ppo", seed=args.seed, size=args.dataset_size),
-        eval_dataset=data.load_prompts(args.dataset, split="validation", seed=args.seed, size=args.eval_size),
-        processing_class=tokenizer,
-        stage=stage,
+        args,
+        data.load_prompts(args.dataset, split="ppo", seed=args.seed, size=args.dataset_size),
+        tokenizer,
+        critic=critic,  # and no reference: the policy as it is now
         gold=load_function(args.gold) if args.gold else None,
+        eval_dataset=data.load_prompts(args.dataset, split="validation", seed=args.seed, size=args.eval_size),
         ptx_dataset=pretraining_text(args),
+        recorder=stage,
     )
     metrics = trainer.train()
     trainer.save_model(Path(args.output_dir))
-    stage.finish(metrics, tokens=trainer.tokens)
+    stage.finish(metrics, tokens=trainer.state.tokens)
 
 
 def pretraining_text(args: PPOArguments) -> list[str] | None:

@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from pipeline.model.gpt import GPTForCausalLM, GPTForSequenceClassification
 from pipeline.ppo import PPOConfig, PPOTrainer
+from pipeline.ppo.recorder import Prints
 
 TEMPLATE = (
     "{% for m in messages %}{{ 't3 ' if m.role == 'user' else 't4 ' }}{{ m.content + ' t5 ' }}{% endfor %}"
@@ -84,7 +85,20 @@ def settings(tmp_path, **changes):
         "lam_value": 1.0,
         "save_steps": 0,
     }
+    if changes.get("advantage_estimator") == "rloo":
+        values["critic_learning_rate"] = None
     return PPOConfig(**values | changes)
+
+
+class Rows(Prints):
+    """A recorder that keeps the log instead of printing it."""
+
+    def __init__(self, args):
+        super().__init__(args)
+        self.rows = []
+
+    def log(self, metrics):
+        self.rows.append(metrics)
 
 
 def trainer(
@@ -97,28 +111,39 @@ def trainer(
     reference=None,
     gold=None,
     eval_rows=None,
-    callbacks=None,
+    callbacks=(),
     ptx_dataset=None,
+    sampler=None,
     **changes,
 ):
     """A PPOTrainer of tiny parts that keeps its log in `trainer.rows`."""
-    actor, judge = models or (policy(), None if changes.get("share_trunk") else critic())
+    args = settings(tmp_path, **changes)
+    alone = args.share_trunk or args.advantage_estimator == "rloo"
+    actor, judge = models or (policy(), None if alone else critic())
+    recorder = Rows(args)
     made = PPOTrainer(
         actor,
-        reference,
         rewards,
-        judge,
-        settings(tmp_path, **changes),
+        args,
         rows or prompts(),
-        eval_rows,
         words or tokenizer(),
+        critic=judge,
+        reference=reference,
+        sampler=sampler,
         gold=gold,
+        eval_dataset=eval_rows,
         callbacks=callbacks,
         ptx_dataset=ptx_dataset,
+        recorder=recorder,
     )
-    made.rows = []
-    made.log = lambda metrics: made.rows.append({"step": made.updates_done, **metrics})
+    made.rows = recorder.rows
     return made
+
+
+def rolled(made, update=0):
+    """Answers of an update with their advantages, and their figures."""
+    rollout, _ = made.sample(update)
+    return rollout, made.learner.estimate(rollout, update, made.state.kl_coef)
 
 
 def weights(model):
@@ -129,19 +154,25 @@ def same(one, two):
     return all(torch.equal(one[name], two[name]) for name in one)
 
 
-def gradients_of(trainer, update=0, rollout=None):
+def end_alike(one, two):
+    """Whether two trainers have the same policy and critic, to the bit."""
+    pairs = ((one.models.policy, two.models.policy), (one.models.critic, two.models.critic))
+    return all(same(weights(a), weights(b)) for a, b in pairs)
+
+
+def gradients_of(made, update=0, rollout=None):
     """Critic's and policy's gradients in turn, at every optimizer step of an update that takes no step."""
-    of_critic, of_policy = [], []
+    gradients = {"critic": [], "policy": []}
+    learner = made.learner
 
-    def record(model, optimizer):
-        found = of_critic if model is trainer.critic_train else of_policy
-        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]).clone())
-        optimizer.zero_grad()
-        return found[-1].norm()
+    def record(network):
+        kept = gradients["critic" if network is learner.critic else "policy"]
+        kept.append(torch.cat([p.grad.flatten() for p in network.module.parameters()]).clone())
+        network.optimizer.zero_grad()
+        return kept[-1].norm()
 
-    trainer._clip_and_step = record
+    learner.step = record
     if rollout is None:
-        rollout, _ = trainer.sample(update)
-        trainer.score(rollout, update)
-    metrics = trainer.optimise(rollout, update)
-    return [gradient for both in zip(of_critic, of_policy, strict=True) for gradient in both], metrics
+        rollout, _ = rolled(made, update)
+    metrics = learner.update(rollout, update)
+    return [g for both in zip(gradients["critic"], gradients["policy"], strict=True) for g in both], metrics

@@ -162,12 +162,12 @@ def test_lora_is_saved_merged_with_the_adapter_beside_it(tmp_path, name):
     models = add_lora(load_policy(str(tmp_path / "base")), r=4, alpha=8), add_lora(judge, r=4, alpha=8)
     made = trainer(tmp_path, models=models, total_episodes=8)
     made.train()
-    before = weights(made.policy)
+    before = weights(made.models.policy)
     made.save_model(tmp_path / "out")
-    assert same(before, weights(made.policy))  # merging is done in a copy
+    assert same(before, weights(made.models.policy))  # merging is done in a copy
     ids = torch.tensor([[3, 6, 7, 9, 10]])
     with torch.no_grad():
-        expected, base = made.policy(input_ids=ids).logits, actor.eval()(input_ids=ids).logits
+        expected, base = made.models.policy(input_ids=ids).logits, actor.eval()(input_ids=ids).logits
         assert (expected - base).abs().max() > 1e-3
         for opened in (
             AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(),
@@ -175,7 +175,7 @@ def test_lora_is_saved_merged_with_the_adapter_beside_it(tmp_path, name):
         ):
             torch.testing.assert_close(opened(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-4)
         values = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "critic").eval()
-        expected = made.critic(input_ids=ids).logits
+        expected = made.models.critic(input_ids=ids).logits
         torch.testing.assert_close(values(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-4)
     adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     assert adapter and all("lora_" in key for key in adapter)

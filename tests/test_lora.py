@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from ppo_tools import policy, same, trainer, weights
+from ppo_tools import end_alike, policy, trainer
 from safetensors.torch import load_file
 from test_load import SHAPES, build, train
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -35,8 +35,7 @@ def test_recomputed_blocks_change_no_weight(tmp_path, name, lora):
         calls.append(sum(found))
     assert calls == [8, 16]  # 2 epochs × 2 mini-batches × 2 micro-batches
     assert made[1].rows[0]["val/ratio_first"] == 1.0
-    assert same(weights(made[0].policy), weights(made[1].policy))
-    assert same(weights(made[0].critic), weights(made[1].critic))
+    assert end_alike(*made)
 
 
 def test_an_interrupted_run_with_lora_ends_with_the_same_weights(tmp_path):
@@ -44,7 +43,7 @@ def test_an_interrupted_run_with_lora_ends_with_the_same_weights(tmp_path):
     cut = trainer(tmp_path / "b", models=build("llama", lora=True), save_steps=2)
 
     def stop(made, metrics):
-        if made.updates_done == 3:
+        if made.state.updates_done == 3:
             raise KeyboardInterrupt
 
     cut.callbacks.append(stop)
@@ -54,7 +53,7 @@ def test_an_interrupted_run_with_lora_ends_with_the_same_weights(tmp_path):
     assert kept and all("lora_" in key for key in kept)  # no more than what is trained
     again = train(tmp_path / "b", "llama", lora=True, total_episodes=32, save_steps=2)
     assert [row["step"] for row in again.rows] == [3, 4]
-    assert same(weights(whole.policy), weights(again.policy)) and same(weights(whole.critic), weights(again.critic))
+    assert end_alike(whole, again)
 
 
 def test_a_checkpoint_of_another_lora_is_refused(tmp_path):

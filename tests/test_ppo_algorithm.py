@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pipeline.model.logprobs import logprobs_from_hidden
 from pipeline.ppo import algorithm as A
 
 
@@ -183,7 +184,7 @@ def test_chunked_logprobs_equal_plain_ones_with_gradients(chunk_elements):
     hidden = torch.randn(23, 4, requires_grad=True)
     rows = []
     head.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
-    found, entropy = A.logprobs_from_hidden(hidden, targets, head, 7, 0.7, True, chunk_elements)
+    found, entropy = logprobs_from_hidden(hidden, targets, head, 7, 0.7, True, chunk_elements)
     gradients = torch.autograd.grad((found * weights).sum(), [hidden, *head.parameters()])
     assert max(rows) <= max(1, chunk_elements // 7)
     distribution = torch.distributions.Categorical(logits=F.linear(hidden, head.weight, head.bias) / 0.7)

@@ -44,9 +44,9 @@ def distribution(model):
 def test_bandit_reaches_the_known_optimum(tmp_path, seed):
     """The optimum of E[r] − β·KL(π‖π_ref) is π* ∝ π_ref·exp(r/β), and its value β·log Z."""
     made = bandit(tmp_path, seed)
-    ref = distribution(made.policy)
+    ref = distribution(made.models.policy)
     made.train()
-    found = distribution(made.policy)
+    found = distribution(made.models.policy)
     best = BETA * torch.logsumexp(ref + ARMS / BETA, 0)
 
     def objective(logprobs):
@@ -61,7 +61,7 @@ def test_bandit_reaches_the_known_optimum(tmp_path, seed):
 
 def test_a_constant_reward_moves_nothing_but_noise(tmp_path):
     made = bandit(tmp_path, 0, rewards=torch.full((8,), 0.7), total_episodes=128 * 20)
-    ref = distribution(made.policy)
+    ref = distribution(made.models.policy)
     made.train()
-    found = distribution(made.policy)
+    found = distribution(made.models.policy)
     assert (found.exp() * (found - ref)).sum() < 0.01

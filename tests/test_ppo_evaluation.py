@@ -8,7 +8,7 @@ from ppo_tools import count_t7, policy, prompts, same, trainer, weights
 from transformers import AutoModelForCausalLM
 
 from pipeline.ppo.evaluation import repetition
-from pipeline.ppo.rollout import decode_completions, seeded
+from pipeline.ppo.rollout import seeded
 
 
 def test_repetition_by_hand():
@@ -27,18 +27,17 @@ def test_figures_by_hand(tmp_path):
         gold=lambda p, c, number: [float(len(text.split()) % 3) for text in c],
     )
     found = made.evaluate()
-    batch = made.eval_prompts.take(range(6))
+    batch = made.evaluator.prompts.take(range(6))
     texts = {}
-    for name, model in (("policy", made.policy), ("reference", made.reference_forward.model)):
-        samples = made.generate(batch, seeded(0, 4, 0, 0), model)
-        texts[name] = decode_completions(samples, batch.prompts, made.tokenizer)
+    for name, model in (("policy", made.models.policy), ("reference", made.models.reference)):
+        samples, texts[name] = made.answerer.answer(model, batch, seeded(0, 4, 0, 0))
         if name == "policy":
             ours = samples
     kl = 0.0
     for i in range(6):
         p, r = int(ours.prompt_lengths[i]), int(ours.response_lengths[i])
         row = ours.sequences[i : i + 1, : p + r]
-        both = [m(row).logits[0, p - 1 : -1].log_softmax(-1) for m in (made.policy, made.reference_forward.model)]
+        both = [m(row).logits[0, p - 1 : -1].log_softmax(-1) for m in (made.models.policy, made.models.reference)]
         kl += (both[0] - both[1]).gather(-1, row[0, p:, None]).sum().item() / 6
     proxy, without = sum(count_t7(None, texts["policy"])) / 6, (~ours.ended).float().mean().item()
     pairs = zip(*([len(t.split()) % 3 for t in texts[name]] for name in ("policy", "reference")), strict=True)
@@ -63,7 +62,7 @@ def test_penalties_are_in_the_units_of_normalised_scores(tmp_path):
         normalize_scores=True,
         missing_eos_penalty=0.5,
     )
-    made.score_moments = [10.0, 3.0, 9 * 50.0**2]
+    made.state.score_moments = [10.0, 3.0, 9 * 50.0**2]
     found = made.evaluate()
     penalty = 0.5 * found["eval/without_eos"] + 0.1 * found["eval/kl"]
     assert penalty > 0 and found["eval/rlhf_reward"] == pytest.approx(found["eval/proxy"] - 50.0 * penalty)
@@ -76,7 +75,7 @@ def test_the_best_policy_is_kept(tmp_path, metric):
     figures, seen = iter([0.0, 1.0, 3.0, 2.0]), []
     evaluate = made.evaluate
     made.evaluate = lambda: {**evaluate(), "eval/proxy": next(figures)}
-    made.callbacks.append(lambda t, metrics: seen.append(weights(t.policy)))
+    made.callbacks.append(lambda t, metrics: seen.append(weights(t.models.policy)))
     made.train()
     if metric == "none":
         assert not (tmp_path / "best").exists()
@@ -91,8 +90,8 @@ def test_the_best_policy_is_kept(tmp_path, metric):
 def test_the_opponent_stays_the_first_reference(tmp_path):
     made = trainer(tmp_path, eval_rows=prompts(4), eval_steps=1, ref_sync_updates=1, total_episodes=16)
     baselines = []
-    made.callbacks.append(lambda t, metrics: baselines.append(list(t.baseline)))
+    made.callbacks.append(lambda t, metrics: baselines.append(list(t.state.baseline)))
     made.train()
     first = next(row for row in made.rows if "eval/win_rate" in row)
     assert first["eval/win_rate"] == first["eval/win_rate_low"] == first["eval/win_rate_high"] == 0.5
-    assert baselines[0] == baselines[1] == made.baseline and len(made.baseline) == 4
+    assert baselines[0] == baselines[1] == made.state.baseline and len(made.state.baseline) == 4

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from ppo_tools import gradients_of, policy, prompts, trainer, weights
+from ppo_tools import gradients_of, policy, prompts, rolled, trainer, weights
 
 from pipeline.ppo import algorithm as A
 
@@ -18,12 +18,6 @@ def fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def rolled(made, update=0):
-    rollout, _ = made.sample(update)
-    metrics = made.score(rollout, update)
-    return rollout, metrics
-
-
 def test_padding_enters_no_statistic_and_no_gradient(tmp_path):
     made = trainer(tmp_path)
     rollout, metrics = rolled(made)
@@ -31,7 +25,7 @@ def test_padding_enters_no_statistic_and_no_gradient(tmp_path):
     wide = trainer(tmp_path)
     padded, _ = wide.sample(0)
     padded.sequences = torch.nn.functional.pad(padded.sequences, (0, 7), value=5)
-    padded_metrics = wide.score(padded, 0)
+    padded_metrics = wide.learner.estimate(padded, 0, wide.state.kl_coef)
     for name in ("logprobs", "values", "entropy"):  # what padding holds must not matter
         table = getattr(padded, name)
         table[~padded.mask] = 1e6
@@ -92,15 +86,19 @@ def test_layout_of_the_rows_changes_neither_loss_nor_gradient(tmp_path, side):
     mask, tokens = rollout.mask, rollout.mask.sum()
     assert tokens == len(targets) and len(set(rollout.lengths.tolist())) > 3
     old, advantages = rollout.logprobs[mask], rollout.advantages[mask]
-    ratio = (made.policy(**inputs).logits[predicts].log_softmax(-1).gather(-1, targets[:, None])[:, 0] - old).exp()
+    ratio = (
+        made.models.policy(**inputs).logits[predicts].log_softmax(-1).gather(-1, targets[:, None])[:, 0] - old
+    ).exp()
     loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
     loss.backward()
-    hidden = made.critic.model(**inputs).last_hidden_state[predicts]
-    value_loss, _ = A.value_loss(made.critic.score(hidden)[:, 0], rollout.values[mask], rollout.returns[mask], 0.2)
+    hidden = made.models.critic.model(**inputs).last_hidden_state[predicts]
+    value_loss, _ = A.value_loss(
+        made.models.critic.score(hidden)[:, 0], rollout.values[mask], rollout.returns[mask], 0.2
+    )
     (value_loss / tokens).backward()
     assert metrics["loss/policy_avg"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
     assert metrics["loss/value_avg"] == pytest.approx((value_loss / tokens).item(), rel=1e-4)
-    for model, gradient in ((made.policy, policy_gradient), (made.critic, critic_gradient)):
+    for model, gradient in ((made.models.policy, policy_gradient), (made.models.critic, critic_gradient)):
         found = torch.cat([p.grad.flatten() for p in model.parameters()])
         torch.testing.assert_close(gradient, found, atol=1e-5 * float(found.abs().max()), rtol=1e-3)
 
@@ -112,21 +110,26 @@ import sys, torch
 sys.path[:0] = ["tests", "."]
 from test_ppo_invariance import run
 from pipeline.runtime.record import leave
-found = run(sys.argv[1], torch.load(sys.argv[2], weights_only=True), sys.argv[4] == "True")
+found = run(sys.argv[1], torch.load(sys.argv[2], weights_only=True), sys.argv[4])
 if found["rank"] == 0:
     torch.save(found, sys.argv[3])
 leave()
 """
 
 
-def run(folder, answers, share_trunk):
+KINDS = {
+    "two networks": {},
+    "one trunk": {"share_trunk": True},
+    "no critic": {"advantage_estimator": "rloo", "num_generations": 2},
+}
+
+
+def run(folder, answers, kind):
     """Two updates from given answers with everything that processes share, then an evaluation; this process's part."""
     made = trainer(
         Path(folder),
-        share_trunk=share_trunk,
         num_mini_batches=1,
         num_ppo_epochs=2,
-        ema_decay=0.5,
         entropy_coef=0.02,
         ptx_coef=0.5,
         ptx_batch_size=4,
@@ -135,20 +138,21 @@ def run(folder, answers, share_trunk):
         adaptive_kl_target=0.01,
         adaptive_kl_horizon=20,
         ptx_dataset=["t6 t7 t8", "t9", "t7 t7", "t10 t11 t6 t8"],
+        **KINDS[kind],
     )
-    made.ptx.ids = made.ptx.ids[made.rank :: made.world]
-    made.ptx.draw = lambda count, random, device: draw_all(made.ptx, count, device)
+    made.learner.ptx.ids = made.learner.ptx.ids[made.learner.rank :: made.learner.world]
+    made.learner.ptx.draw = lambda count, random, device: draw_all(made.learner.ptx, count, device)
     for prompts_, completions, scores in answers:
-        own = slice(made.rank, None, made.world)
+        size = 8 // made.learner.world  # neighbours together: they may answer one prompt
+        own = slice(made.learner.rank * size, (made.learner.rank + 1) * size)
         metrics = made.step(prompts_[own], completions[own], scores[own])
     made.args.temperature = 1e-3  # the evaluation's answers are then the likeliest, whoever draws them
     metrics |= made.evaluate()
     found = {
-        "rank": made.rank,
-        "world": made.world,
-        "policy": weights(made.policy),
-        "critic": weights(made.critic),
-        "average": made.average.values,
+        "rank": made.learner.rank,
+        "world": made.learner.world,
+        "policy": weights(made.models.policy),
+        "critic": weights(made.models.critic) if made.models.critic else {},
         "metrics": metrics,
     }
     made.accelerator.end_training()
@@ -165,8 +169,8 @@ def draw_all(ptx, count, device):
 
 
 def given_answers(folder):
-    """Two updates' answers of 8 rows, as lists."""
-    made = trainer(folder)
+    """Two updates' answers of 8 rows, two to each prompt, as lists."""
+    made = trainer(folder, num_generations=2)
     found = []
     for update in range(2):
         rollout, _ = made.sample(update)
@@ -182,12 +186,12 @@ def given_answers(folder):
     return found
 
 
-@pytest.mark.parametrize("share_trunk", [False, True], ids=["two networks", "one trunk"])
-def test_two_processes_end_where_one_does(tmp_path, share_trunk):
-    """Weights, their average, β, normalised scores, every metric and the held-out figures, after two updates."""
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_end_where_one_does(tmp_path, kind):
+    """Weights, β, normalised scores, every metric and the held-out figures, after two updates."""
     answers = given_answers(tmp_path)
     torch.save(answers, tmp_path / "answers.pt")
-    one = run(tmp_path, answers, share_trunk)
+    one = run(tmp_path, answers, kind)
     script, result = tmp_path / "two.py", tmp_path / "result.pt"
     script.write_text(TWO)
     command = [
@@ -200,13 +204,13 @@ def test_two_processes_end_where_one_does(tmp_path, share_trunk):
         str(tmp_path),
         str(tmp_path / "answers.pt"),
         str(result),
-        str(share_trunk),
+        kind,
     ]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     two = torch.load(result, weights_only=True)
     assert (one["world"], two["world"]) == (1, 2)
-    for part in ("policy", "critic", "average"):
+    for part in ("policy", "critic"):
         for name, value in one[part].items():
             torch.testing.assert_close(two[part][name], value, atol=2e-5, rtol=0, msg=f"{part} {name}")
     assert {"loss/ptx_avg", "policy/entropy_avg", "eval/proxy", "eval/kl", "eval/win_rate"} < one["metrics"].keys()

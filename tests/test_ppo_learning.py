@@ -75,10 +75,10 @@ def test_path_task_reaches_the_known_optimum(tmp_path, seed):
     is hardly ever learned.
     """
     made = walker(tmp_path, seed, updates=120)
-    ref = distribution(made.policy)
+    ref = distribution(made.models.policy)
     assert ref.exp().sum() == pytest.approx(1.0, abs=1e-5) and REWARDS.max() == pytest.approx(1.6)
     made.train()
-    found = distribution(made.policy)
+    found = distribution(made.models.policy)
 
     def objective(logprobs):
         return (logprobs.exp() * (REWARDS - BETA * (logprobs - ref))).sum()
@@ -93,9 +93,9 @@ def test_without_a_penalty_the_kl_grows_past_the_optimum(tmp_path):
     ends = {}
     for beta in (BETA, 0.0):
         made = walker(tmp_path, 1, updates=60, kl_coef=beta)
-        ref = distribution(made.policy)
+        ref = distribution(made.models.policy)
         made.train()
-        found = distribution(made.policy)
+        found = distribution(made.models.policy)
         kl, reward = (found.exp() * (found - ref)).sum().item(), (found.exp() * REWARDS).sum().item()
         ends[beta] = kl, reward, reward - BETA * kl
     assert ends[0.0][0] > 1.5 * ends[BETA][0] and ends[0.0][1] > ends[BETA][1], ends
@@ -112,9 +112,9 @@ def test_shuffled_rewards_teach_nothing(tmp_path):
     gains = {}
     for name, reward in (("true", path_reward), ("shuffled", shuffled)):
         made = walker(tmp_path, 0, reward, updates=15)
-        before = (distribution(made.policy).exp() * REWARDS).sum()
+        before = (distribution(made.models.policy).exp() * REWARDS).sum()
         made.train()
-        gains[name] = ((distribution(made.policy).exp() * REWARDS).sum() - before).item()
+        gains[name] = ((distribution(made.models.policy).exp() * REWARDS).sum() - before).item()
     assert gains["true"] > 0.2 and abs(gains["shuffled"]) < 0.1 * gains["true"], gains
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from ppo_tools import config, count_t7, critic, policy, prompts, same, trainer, weights
+from ppo_tools import config, count_t7, critic, end_alike, policy, prompts, same, trainer, weights
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from pipeline.errors import UserError
@@ -16,7 +16,7 @@ class Killed(Exception):
 
 def kill_after(updates):
     def callback(made, metrics):
-        if made.updates_done == updates:
+        if made.state.updates_done == updates:
             raise Killed
 
     return callback
@@ -42,13 +42,16 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, killed_after):
     second = trainer(tmp_path / "parts", rewards=noisy, save_steps=2, models=(policy(7), critic(8)), reference=policy())
     resumed = second.train()
     assert second.rows[0]["step"] == 3
-    assert same(weights(whole.policy), weights(second.policy)) and same(weights(whole.critic), weights(second.critic))
-    for a, b in ((whole.policy_optimizer, second.policy_optimizer), (whole.critic_optimizer, second.critic_optimizer)):
+    assert end_alike(whole, second)
+    for a, b in (
+        (whole.learner.policy.optimizer, second.learner.policy.optimizer),
+        (whole.learner.critic.optimizer, second.learner.critic.optimizer),
+    ):
         for one, two in zip(a.state_dict()["state"].values(), b.state_dict()["state"].values(), strict=True):
             assert all(torch.equal(one[k], two[k]) for k in one)
     del final["episodes_per_s"], resumed["episodes_per_s"]
     assert final == resumed
-    assert whole.tokens == second.tokens
+    assert whole.state.tokens == second.state.tokens
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
@@ -67,7 +70,7 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path):
     final = first.train()
     second = trainer(tmp_path, save_steps=2, total_episodes=16, models=(policy(7), critic(8)))
     assert second.train() == final and second.rows == []
-    assert same(weights(first.policy), weights(second.policy))
+    assert same(weights(first.models.policy), weights(second.models.policy))
 
 
 def test_a_policy_given_as_its_own_reference_is_copied(tmp_path):
@@ -123,7 +126,7 @@ def test_numbers_of_numpy_do_not_spoil_a_checkpoint(tmp_path):
         first.train()
     second = trainer(tmp_path, **settings)
     second.train()
-    assert [row["step"] for row in second.rows] == [2, 3, 4] and second.kl_coef == 0.05
+    assert [row["step"] for row in second.rows] == [2, 3, 4] and second.state.kl_coef == 0.05
 
 
 @pytest.mark.parametrize("fails_at", [2, 4])
@@ -131,7 +134,7 @@ def test_an_evaluation_that_failed_is_made_up_for(tmp_path, fails_at):
     broken = {"judge": True}
 
     def gold(prompts, completions, **columns):
-        if broken["judge"] and first.updates_done == fails_at:
+        if broken["judge"] and first.state.updates_done == fails_at:
             raise ConnectionError("the judge is away")
         return [1.0] * len(prompts)
 
@@ -147,15 +150,15 @@ def test_an_evaluation_that_failed_is_made_up_for(tmp_path, fails_at):
 def test_half_an_update_is_not_gone_on_from(tmp_path):
     """Ctrl-C in a notebook, and the same cell again."""
     made, taken = trainer(tmp_path, save_steps=1), []
-    step = made._clip_and_step
+    step = made.learner.step
 
-    def interrupted(model, optimizer):
+    def interrupted(network):
         taken.append(1)
         if len(taken) == 12:
             raise KeyboardInterrupt
-        return step(model, optimizer)
+        return step(network)
 
-    made._clip_and_step = interrupted
+    made.learner.step = interrupted
     with pytest.raises(KeyboardInterrupt):
         made.train()
     with pytest.raises(UserError, match="update 2 was broken off half way"):
@@ -163,7 +166,7 @@ def test_half_an_update_is_not_gone_on_from(tmp_path):
     again, whole = trainer(tmp_path, save_steps=1), trainer(tmp_path / "whole")
     again.train()
     whole.train()
-    assert same(weights(again.policy), weights(whole.policy))
+    assert same(weights(again.models.policy), weights(whole.models.policy))
 
 
 def test_saved_folders_are_stock(tmp_path):
@@ -172,7 +175,7 @@ def test_saved_folders_are_stock(tmp_path):
     made.save_model(tmp_path / "model")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     ids = torch.randint(16, (2, 9))
-    torch.testing.assert_close(stock(ids).logits, made.policy(ids).logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(stock(ids).logits, made.models.policy(ids).logits, atol=1e-5, rtol=0)
     judge = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model" / "critic")
-    torch.testing.assert_close(judge.score.weight, made.critic.score.weight)
+    torch.testing.assert_close(judge.score.weight, made.models.critic.score.weight)
     assert AutoTokenizer.from_pretrained(tmp_path / "model").eos_token == "<end>"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ppo_tools import count_t7, critic, policy, prompts, same, trainer, weights
+from ppo_tools import count_t7, critic, end_alike, policy, prompts, same, trainer, weights
 
 from pipeline.errors import UserError
 
@@ -45,8 +45,8 @@ def test_step_gives_the_weights_and_figures_of_train(tmp_path):
     one, two = trainer(tmp_path / "train", **settings), trainer(tmp_path / "step", **settings)
     for asked, said, scores, logprobs in recorded(one):
         metrics = two.step(asked, said, torch.tensor(scores), logprobs)
-    assert metrics["objective/kl"] == one.metrics["objective/kl"]
-    assert same(weights(one.policy), weights(two.policy)) and same(weights(one.critic), weights(two.critic))
+    assert metrics["objective/kl"] == one.state.metrics["objective/kl"]
+    assert end_alike(one, two)
     assert numbers(one.rows) == numbers(two.rows)
     with pytest.raises(UserError, match="all 3 updates of total_episodes are done"):
         two.step(asked, said, scores)
@@ -54,8 +54,8 @@ def test_step_gives_the_weights_and_figures_of_train(tmp_path):
 
 def test_step_takes_text_and_messages(tmp_path):
     made = trainer(tmp_path, batch_size=2, num_mini_batches=1)
-    seen, score = [], made.score
-    made.score = lambda rollout, update: (seen.append(rollout), score(rollout, update))[1]
+    seen, estimate = [], made.learner.estimate
+    made.learner.estimate = lambda rollout, *rest: (seen.append(rollout), estimate(rollout, *rest))[1]
     made.step(["t6 t7", "t8"], ["t9 t10", [1]], [1.0, 2.0])
     made.step([[{"role": "user", "content": "t6"}]] * 2, [[{"role": "assistant", "content": "t9"}]] * 2, [1.0, 2.0])
     assert seen[0].sequences.tolist() == [[6, 7, 9, 10, 1], [8, 1, 0, 0, 0]]
@@ -78,7 +78,7 @@ def test_a_loop_of_ones_own_is_resumed(tmp_path):
         assert part.resume() == first
         for asked, said, scores, _ in rounds[first:last]:
             part.step(asked, said, scores)
-    assert same(weights(whole.policy), weights(parts[1].policy))
+    assert same(weights(whole.models.policy), weights(parts[1].models.policy))
 
 
 def test_steps_beside_another_runs_checkpoints_are_refused(tmp_path):

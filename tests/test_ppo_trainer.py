@@ -6,7 +6,20 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from ppo_tools import config, count_t7, critic, gradients_of, policy, prompts, same, tokenizer, trainer, weights
+from ppo_tools import (
+    config,
+    count_t7,
+    critic,
+    end_alike,
+    gradients_of,
+    policy,
+    prompts,
+    rolled,
+    same,
+    tokenizer,
+    trainer,
+    weights,
+)
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from pipeline.errors import UserError
@@ -26,12 +39,6 @@ def short_critic():
 
 def steps_of(optimizer):
     return {int(state["step"]) for state in optimizer.state_dict()["state"].values()}
-
-
-def rolled(made, update=0):
-    rollout, _ = made.sample(update)
-    metrics = made.score(rollout, update)
-    return rollout, metrics
 
 
 # --- before the first step --------------------------------------------------------------------------------------------
@@ -64,12 +71,12 @@ def test_logprobs_are_taken_at_the_sampling_temperature(tmp_path):
     for i in range(8):
         p, r = int(rollout.prompt_lengths[i]), int(rollout.response_lengths[i])
         row = rollout.sequences[i : i + 1, : p + r]
-        plain = (made.policy(row).logits[0, p - 1 : -1] / 2.0).log_softmax(-1)
+        plain = (made.models.policy(row).logits[0, p - 1 : -1] / 2.0).log_softmax(-1)
         expected = plain.gather(-1, row[0, p:, None])[:, 0]
         torch.testing.assert_close(rollout.logprobs[i, :r], expected, atol=1e-5, rtol=0)
         entropy = -(plain.exp() * plain).sum(-1)
         torch.testing.assert_close(rollout.entropy[i, :r], entropy, atol=1e-5, rtol=0)
-        values = made.critic.score(made.critic.model(row).last_hidden_state)[0, p - 1 : -1, 0]
+        values = made.models.critic.score(made.models.critic.model(row).last_hidden_state)[0, p - 1 : -1, 0]
         torch.testing.assert_close(rollout.values[i, :r], values, atol=1e-5, rtol=0)
 
 
@@ -81,20 +88,20 @@ def test_sampler_and_trainer_agree_on_logprobs(tmp_path):
 def test_bf16_is_not_ignored(tmp_path):
     made = trainer(tmp_path, mixed_precision="bf16", total_episodes=8)
     seen = set()
-    for model in (made.policy, made.critic):
+    for model in (made.models.policy, made.models.critic):
         model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *call: seen.add(call[2].dtype))
     made.train()
     assert seen == {torch.bfloat16}
-    assert all(p.dtype == torch.float32 for p in made.policy.parameters())
+    assert all(p.dtype == torch.float32 for p in made.models.policy.parameters())
 
 
 def test_no_logits_but_those_of_response_tokens_exist(tmp_path):
     made = trainer(tmp_path, per_device_train_batch_size=4)
     rollout, _ = made.sample(0)
     shapes = []
-    made.policy.lm_head.register_forward_hook(lambda *call: shapes.append(tuple(call[2].shape)))
-    made.score(rollout, 0)
-    made.optimise(rollout, 0)
+    made.models.policy.lm_head.register_forward_hook(lambda *call: shapes.append(tuple(call[2].shape)))
+    made.learner.estimate(rollout, 0, made.state.kl_coef)
+    made.learner.update(rollout, 0)
     tokens = int(rollout.response_lengths.sum())
     assert all(len(shape) == 2 for shape in shapes)
     assert sum(rows for rows, _ in shapes) == 3 * tokens  # old log-probs and two epochs
@@ -156,8 +163,8 @@ def test_policy_and_critic_have_their_own_lambda(tmp_path):
 def test_a_pad_token_that_is_the_end_token_changes_nothing(tmp_path):
     one, two = (trainer(tmp_path, words=tokenizer(pad=pad)) for pad in ("<pad>", "<end>"))
     one.train(), two.train()
-    assert (one.pad_token, two.pad_token) == (0, 1)
-    assert same(weights(one.policy), weights(two.policy)) and same(weights(one.critic), weights(two.critic))
+    assert (one.answerer.pad_token, two.answerer.pad_token) == (0, 1)
+    assert end_alike(one, two)
 
 
 def test_loss_is_the_mean_over_the_tokens_of_the_mini_batch(tmp_path):
@@ -185,15 +192,15 @@ def test_mini_batches_and_epochs_make_the_optimizer_steps(tmp_path, mini_batches
     )
     made.train()
     expected = {2 * mini_batches * epochs}
-    assert steps_of(made.policy_optimizer) == steps_of(made.critic_optimizer) == expected
+    assert steps_of(made.learner.policy.optimizer) == steps_of(made.learner.critic.optimizer) == expected
 
 
 def test_gradients_are_clipped_apart_and_their_norms_logged(tmp_path):
     made = trainer(tmp_path, max_grad_norm=1e-3, total_episodes=8, num_mini_batches=1, num_ppo_epochs=1)
     norms = {}
     for name, model, optimizer in (
-        ("policy", made.policy, made.policy_optimizer),
-        ("critic", made.critic, made.critic_optimizer),
+        ("policy", made.models.policy, made.learner.policy.optimizer),
+        ("critic", made.models.critic, made.learner.critic.optimizer),
     ):
         step = optimizer.step
 
@@ -210,10 +217,10 @@ def test_gradients_are_clipped_apart_and_their_norms_logged(tmp_path):
 
 def test_critic_warms_up_before_the_policy_moves(tmp_path):
     made = trainer(tmp_path, critic_warmup_updates=2, total_episodes=24)
-    start, moved = weights(made.policy), []
-    critics = [weights(made.critic)]
-    made.callbacks.append(lambda t, metrics: moved.append(not same(start, weights(t.policy))))
-    made.callbacks.append(lambda t, metrics: critics.append(weights(t.critic)))
+    start, moved = weights(made.models.policy), []
+    critics = [weights(made.models.critic)]
+    made.callbacks.append(lambda t, metrics: moved.append(not same(start, weights(t.models.policy))))
+    made.callbacks.append(lambda t, metrics: critics.append(weights(t.models.critic)))
     made.train()
     assert moved == [False, False, True]
     assert not same(critics[0], critics[1]) and not same(critics[1], critics[2])
@@ -233,8 +240,13 @@ def test_learning_rates_are_apart_and_follow_the_schedule(tmp_path):
         )
         found = []
         for update in (0, 3, 5, 9):
-            made.set_learning_rates(update)
-            found.append((made.policy_optimizer.param_groups[0]["lr"], made.critic_optimizer.param_groups[-1]["lr"]))
+            made.learner.set_learning_rates(update)
+            found.append(
+                (
+                    made.learner.policy.optimizer.param_groups[0]["lr"],
+                    made.learner.critic.optimizer.param_groups[-1]["lr"],
+                )
+            )
         rates[kind] = found
     assert [r[0] for r in rates["constant"]] == [0.25, 1.0, 1.0, 1.0]
     assert [r[0] for r in rates["linear"]] == pytest.approx([0.25, 0.7, 0.5, 0.1])
@@ -244,15 +256,18 @@ def test_learning_rates_are_apart_and_follow_the_schedule(tmp_path):
 def test_policy_stops_at_the_target_kl_and_the_critic_goes_on(tmp_path):
     free = trainer(tmp_path, learning_rate=0.05, total_episodes=8, num_ppo_epochs=4)
     free.train()
-    assert steps_of(free.policy_optimizer) == {8} and free.rows[0]["policy/approxkl_avg"] > 0.01
+    assert steps_of(free.learner.policy.optimizer) == {8} and free.rows[0]["policy/approxkl_avg"] > 0.01
     made = trainer(tmp_path, learning_rate=0.05, total_episodes=8, num_ppo_epochs=4, target_kl=0.01)
     made.train()
-    assert steps_of(made.policy_optimizer) == {1} and steps_of(made.critic_optimizer) == {8}
+    assert steps_of(made.learner.policy.optimizer) == {1} and steps_of(made.learner.critic.optimizer) == {8}
 
 
 def test_adam_settings_reach_both_optimizers(tmp_path):
     made = trainer(tmp_path, adam_beta1=0.5, adam_beta2=0.6, adam_epsilon=1e-3, weight_decay=0.25)
-    for optimizer, model in ((made.policy_optimizer, made.policy), (made.critic_optimizer, made.critic)):
+    for optimizer, model in (
+        (made.learner.policy.optimizer, made.models.policy),
+        (made.learner.critic.optimizer, made.models.critic),
+    ):
         decayed, plain = optimizer.param_groups
         assert decayed["betas"] == plain["betas"] == (0.5, 0.6) and decayed["eps"] == 1e-3
         assert (decayed["weight_decay"], plain["weight_decay"]) == (0.25, 0.0)
@@ -349,9 +364,9 @@ def test_a_precision_that_the_process_has_is_followed_or_named(tmp_path):
 def test_an_end_token_beyond_the_vocabulary_is_passed_over_or_told(tmp_path, capsys):
     actor = policy()
     actor.generation_config.eos_token_id = [50256, 1]
-    assert trainer(tmp_path, models=(actor, critic())).end_tokens == [1]
+    assert trainer(tmp_path, models=(actor, critic())).answerer.end_tokens == [1]
     actor.generation_config.eos_token_id = 50256
-    assert trainer(tmp_path, models=(actor, critic())).end_tokens == [50256]
+    assert trainer(tmp_path, models=(actor, critic())).answerer.end_tokens == [50256]
     assert "warning: the policy's end token 50256 lies beyond its 16 embeddings" in capsys.readouterr().out
 
 
@@ -375,10 +390,10 @@ def test_a_reference_on_the_policys_own_weights_is_refused(tmp_path):
         ({"eval_rows": []}, "eval_dataset has no rows"),
         ({"batch_size": 9}, "batch_size 9 must be a multiple"),
         ({"temperature": 0.0}, "temperature: 0.0 must be above 0"),
-        ({"lam": 1.5}, "lam: 1.5 must lie between 0 and 1"),
-        ({"kl_coef": -0.1}, "kl_coef: -0.1 must not be negative"),
+        ({"lam": 1.5}, "lam: 1.5 must be at least 0 and at most 1"),
+        ({"kl_coef": -0.1}, "kl_coef: -0.1 must be at least 0"),
         ({"critic_warmup_updates": 4}, "critic_warmup_updates 4 leaves no update of 8 episodes"),
-        ({"num_ppo_epochs": 0}, "num_ppo_epochs: 0 is too small"),
+        ({"num_ppo_epochs": 0}, "num_ppo_epochs: 0 must be at least 1"),
         ({"rewards": []}, "no reward is given"),
         ({"rows": iter(prompts())}, "train_dataset is a list_iterator; give a list of rows"),
         (
@@ -408,7 +423,7 @@ def test_a_reward_that_fails_stops_the_run(tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     made = trainer(tmp_path, save_steps=1)
     with torch.no_grad():
-        made.critic.score.weight[:] = float("nan")
+        made.models.critic.score.weight[:] = float("nan")
     with pytest.raises(UserError, match="update 1 is not a finite number"):
         made.train()
     assert not list((tmp_path / "checkpoints").glob("step-*"))

@@ -9,6 +9,7 @@ from transformers import Qwen3Config
 from trl_fixture import FILE, PROMPT, RESPONSE, ROWS, SETTINGS, SHAPE, by_formula, masked_case
 
 from pipeline.model.gpt import GPTForCausalLM, GPTForSequenceClassification
+from pipeline.model.logprobs import logprobs_from_hidden
 from pipeline.ppo import PPOConfig, PPOTrainer
 from pipeline.ppo import algorithm as A
 
@@ -24,7 +25,7 @@ def test_functions():
             expected[name], rel=1e-5, abs=1e-6
         )
     logits = torch.cos(torch.arange(60.0)).view(12, 5) * 4
-    found, _ = A.logprobs_from_hidden(logits, torch.arange(12) % 5, torch.nn.Identity(), 5)
+    found, _ = logprobs_from_hidden(logits, torch.arange(12) % 5, torch.nn.Identity(), 5)
     assert found.tolist() == pytest.approx([x for row in expected["selective_log_softmax"] for x in row], rel=1e-5)
 
 
@@ -53,7 +54,7 @@ def test_a_whole_update_gives_what_trl_logged(tmp_path):
     )
     rows = [{"prompt": "t3"}] * ROWS
     words = tokenizer(SHAPE["vocab_size"])
-    trainer = PPOTrainer(policy, reference, lambda **_: [], critic, args, rows, processing_class=words)
+    trainer = PPOTrainer(policy, lambda **_: [], args, rows, words, critic=critic, reference=reference)
     ids = THEIRS["rows"]
     assert len(ids) == ROWS and all(len(row) == PROMPT + RESPONSE for row in ids)
     found = trainer.step([row[:PROMPT] for row in ids], [row[PROMPT:] for row in ids], THEIRS["scores"])

@@ -24,44 +24,45 @@ def shared(tmp_path, **changes):
 def test_the_gradient_is_that_of_both_losses(tmp_path):
     made = shared(tmp_path, num_mini_batches=1, num_ppo_epochs=1, vf_coef=0.7, entropy_coef=0.1, reference=policy(5))
     rollout, _ = made.sample(0)
-    made.score(rollout, 0)
+    made.learner.estimate(rollout, 0, made.state.kl_coef)
     everything = torch.arange(8)
     ids, predicts = rollout.inputs(everything)
-    hidden = made.policy.model(ids).last_hidden_state[predicts]
-    values = made.critic(hidden)[:, 0]
+    hidden = made.models.policy.model(ids).last_hidden_state[predicts]
+    values = made.models.critic(hidden)[:, 0]
     torch.testing.assert_close(rollout.values[rollout.mask], values.detach())
     found = {}
-    made._clip_and_step = lambda model, optimizer: (
-        found.update(
-            policy={n: p.grad.clone() for n, p in made.policy.named_parameters()}, head=made.critic.weight.grad.clone()
-        )
-        or torch.zeros(())
-    )
-    metrics = made.optimise(rollout, 0)
 
-    made.policy_optimizer.zero_grad()
+    def record(network):
+        found["policy"] = {n: p.grad.clone() for n, p in made.models.policy.named_parameters()}
+        found["head"] = made.models.critic.weight.grad.clone()
+        return torch.zeros(())
+
+    made.learner.step = record
+    metrics = made.learner.update(rollout, 0)
+
+    made.learner.policy.optimizer.zero_grad()
     tokens, mask = rollout.mask.sum(), rollout.mask
-    distribution_ = made.policy.lm_head(hidden).log_softmax(-1)
+    distribution_ = made.models.policy.lm_head(hidden).log_softmax(-1)
     logprobs = distribution_.gather(-1, ids[:, 1:][predicts[:, :-1]][:, None])[:, 0]
     policy_loss = -(rollout.advantages[mask] * (logprobs - rollout.logprobs[mask]).exp()).sum()
     value_loss, _ = A.value_loss(values, rollout.values[mask], rollout.returns[mask], 0.2)
     entropy = -(distribution_.exp() * distribution_).sum()
     ((policy_loss + 0.7 * value_loss - 0.1 * entropy) / tokens).backward()
-    for name, parameter in made.policy.named_parameters():
+    for name, parameter in made.models.policy.named_parameters():
         scale = float(parameter.grad.abs().max())
         torch.testing.assert_close(found["policy"][name], parameter.grad, atol=1e-5 * scale + 1e-9, rtol=1e-3, msg=name)
-    torch.testing.assert_close(found["head"], made.critic.weight.grad, atol=1e-7, rtol=1e-3)
+    torch.testing.assert_close(found["head"], made.models.critic.weight.grad, atol=1e-7, rtol=1e-3)
     assert metrics["loss/value_avg"] == pytest.approx((value_loss / tokens).item(), rel=1e-4)
 
 
 def test_the_head_alone_warms_up(tmp_path):
     made = shared(tmp_path, critic_warmup_updates=2, total_episodes=24, weight_decay=0.1, reference=policy(5))
-    before, head = weights(made.policy), made.critic.weight.detach().clone()
+    before, head = weights(made.models.policy), made.models.critic.weight.detach().clone()
     after = []
-    made.callbacks.append(lambda t, m: after.append((same(before, weights(t.policy)), dict(m))))
+    made.callbacks.append(lambda t, m: after.append((same(before, weights(t.models.policy)), dict(m))))
     made.train()
     assert [resting for resting, _ in after] == [True, True, False]
-    assert not torch.equal(made.critic.weight, head)
+    assert not torch.equal(made.models.critic.weight, head)
     assert "policy/grad_norm" not in after[0][1] and after[0][1]["critic/grad_norm"] > 0
     assert after[2][1]["val/ratio_first"] == 1.0 and "policy/grad_norm" in after[2][1]
 
@@ -75,9 +76,9 @@ def test_learning_rates_are_apart(tmp_path):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_bandit_reaches_the_known_optimum(tmp_path, seed):
     made = bandit(tmp_path, seed, models=(policy(seed, size=8), None), share_trunk=True)
-    ref = distribution(made.policy)
+    ref = distribution(made.models.policy)
     made.train()
-    found, best = distribution(made.policy), BETA * torch.logsumexp(ref + ARMS / BETA, 0)
+    found, best = distribution(made.models.policy), BETA * torch.logsumexp(ref + ARMS / BETA, 0)
 
     def objective(logprobs):
         return (logprobs.exp() * (ARMS - BETA * (logprobs - ref))).sum()
@@ -89,14 +90,14 @@ def test_a_run_goes_on_to_the_bit(tmp_path):
     whole = shared(tmp_path / "whole", total_episodes=32, reference=policy(5))
     whole.train()
     first = shared(tmp_path / "parts", total_episodes=32, save_steps=2, reference=policy(5))
-    first.callbacks.append(lambda t, m: (_ for _ in ()).throw(KeyboardInterrupt) if t.updates_done == 3 else None)
+    first.callbacks.append(lambda t, m: (_ for _ in ()).throw(KeyboardInterrupt) if t.state.updates_done == 3 else None)
     with pytest.raises(KeyboardInterrupt):
         first.train()
     second = shared(tmp_path / "parts", total_episodes=32, save_steps=2, reference=policy(5))
     second.train()
     assert second.rows[0]["step"] == 3
-    assert same(weights(whole.policy), weights(second.policy)) and torch.equal(
-        whole.critic.weight, second.critic.weight
+    assert same(weights(whole.models.policy), weights(second.models.policy)) and torch.equal(
+        whole.models.critic.weight, second.models.critic.weight
     )
 
 
@@ -104,7 +105,7 @@ def test_the_head_is_saved_beside_the_policy(tmp_path):
     made = shared(tmp_path, total_episodes=8)
     made.train()
     made.save_model(tmp_path / "out")
-    assert torch.equal(load_file(tmp_path / "out" / "value_head.safetensors")["weight"], made.critic.weight)
+    assert torch.equal(load_file(tmp_path / "out" / "value_head.safetensors")["weight"], made.models.critic.weight)
     assert (tmp_path / "out" / "model.safetensors").exists() and not (tmp_path / "out" / "critic").exists()
 
 

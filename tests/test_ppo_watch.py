@@ -29,8 +29,8 @@ def test_a_healthy_run_has_no_warning(tmp_path):
 def test_negative_kl(tmp_path, capsys):
     """Answers that are samples of the reference, not of the policy: E[log π − log π_ref] is −KL(π_ref‖π)."""
     made = trainer(tmp_path, reference=policy(seed=5), batch_size=32, total_episodes=64, learning_rate=1e-6)
-    generate = made.generate
-    made.generate = lambda batch, random, model=None: generate(batch, random, made.reference_forward.model)
+    answer = made.answerer.answer
+    made.answerer.answer = lambda model, batch, random: answer(made.models.reference, batch, random)
     made.train()
     assert made.rows[0]["objective/kl"] < 0
     (sentences,) = warnings_of(made)  # said once, though both updates have it
@@ -40,7 +40,7 @@ def test_negative_kl(tmp_path, capsys):
 
 def test_a_ratio_that_is_not_one_at_the_first_step(tmp_path):
     made = trainer(tmp_path, total_episodes=16)
-    block = made.policy.model.layers[0].mlp
+    block = made.models.policy.model.layers[0].mlp
     block.register_forward_hook(lambda module, args, output: output + 0.05 * torch.randn_like(output))
     made.train()
     assert len(warnings_of(made)) == 1 and "first step of an update is off 1" in warnings_of(made)[0]
@@ -48,15 +48,15 @@ def test_a_ratio_that_is_not_one_at_the_first_step(tmp_path):
 
 def test_entropy_collapse(tmp_path):
     made = trainer(tmp_path, total_episodes=24, logging_steps=100, learning_rate=1e-6)
-    score = made.score
+    estimate = made.learner.estimate
 
-    def collapse(rollout, update):
+    def collapse(rollout, update, kl_coef):
         if update == 1:
             with torch.no_grad():
-                made.policy.model.norm.weight.mul_(100.0)  # logits a hundred times as large
-        return score(rollout, update)
+                made.models.policy.model.norm.weight.mul_(100.0)  # logits a hundred times as large
+        return estimate(rollout, update, kl_coef)
 
-    made.score = collapse
+    made.learner.estimate = collapse
     made.train()
     assert "the entropy fell from" in warnings_of(made)[0]
     assert next(row["step"] for row in made.rows if "warning" in row) == 2  # logged though logging_steps is not due
@@ -64,8 +64,8 @@ def test_entropy_collapse(tmp_path):
 
 def test_length_run_away(tmp_path):
     made = trainer(tmp_path, total_episodes=24, response_length=12, learning_rate=1e-6)
-    made.end_tokens = [1, 6, 7, 8, 9, 10, 11]  # short at first
-    made.callbacks.append(lambda t, metrics: setattr(t, "end_tokens", [1]))
+    made.answerer.end_tokens = [1, 6, 7, 8, 9, 10, 11]  # short at first
+    made.callbacks.append(lambda t, metrics: setattr(t.answerer, "end_tokens", [1]))
     made.train()
     was, now = (row["response/length"] for row in made.rows[:2])
     assert now > 1.5 * was

@@ -11,16 +11,8 @@ from ppo_tools import config, count_t7, critic, policy, same, tokenizer, trainer
 from transformers import BertConfig, BertForSequenceClassification, Qwen3ForSequenceClassification
 
 from pipeline.errors import UserError
-from pipeline.rewards import (
-    Ensemble,
-    RewardModel,
-    WeightedRewards,
-    add_to_moments,
-    is_function_name,
-    load_rewards,
-    reward_names,
-    scale_scores,
-)
+from pipeline.ppo.algorithm import add_to_moments, scale_scores
+from pipeline.rewards import Ensemble, RewardModel, WeightedRewards, is_function_name, load_rewards, reward_names
 
 TALK = [[{"role": "user", "content": text}] for text in ("t6 t7", "t8", "t9")]
 ANSWERS = ["t10 t11 t12 t13", "t10", "t12 t13"]
@@ -345,8 +337,10 @@ def test_a_reward_that_fails_stops_the_run_with_its_state_kept(tmp_path):
     assert [p.name for p in (tmp_path / "b" / "checkpoints").iterdir()] == ["step-00000002"]
     again = trainer(tmp_path / "b", rewards=count_t7, normalize_scores=True)
     again.train()
-    assert [row["step"] for row in again.rows] == [3, 4] and again.score_moments == whole.score_moments
-    assert same(weights(whole.policy), weights(again.policy)) and same(weights(whole.critic), weights(again.critic))
+    assert [row["step"] for row in again.rows] == [3, 4] and again.state.score_moments == whole.state.score_moments
+    assert same(weights(whole.models.policy), weights(again.models.policy)) and same(
+        weights(whole.models.critic), weights(again.models.critic)
+    )
 
 
 @pytest.mark.usefixtures("fresh_accelerator")

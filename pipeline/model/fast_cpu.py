@@ -23,8 +23,7 @@ LONGEST = 512  # tokens of a row: beyond, the probabilities that attention keeps
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: products run in the precision of their inputs. Not torch.autocast as a decorator, which keeps what it
-    will restore in one object for all threads: of two networks that learn at once each would restore the other's."""
+    """Decorator: products run in the precision of their inputs."""
 
     @wraps(function)
     def inside(*args: Any) -> Any:

@@ -8,10 +8,11 @@ result.
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from pipeline.errors import UserError
@@ -129,6 +130,39 @@ def generate(
             given = (part.to(model.device) for part in (padded, starts, uniform[:, rows.to(uniform.device)]))
             tokens[rows], logprobs[rows] = (part.cpu() for part in respond(model, *given, sampling, ends))
     return _pack(prompts, tokens, logprobs, ends, pad_token_id, model.device)
+
+
+class Sampler(Protocol):
+    """What answers prompts during PPO: this module's OwnSampler, or an engine of the user's own."""
+
+    def sync(self, policy: nn.Module) -> None:
+        """Take over the present weights of `policy`; called before each `generate`."""
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        eos_token_id: list[int],
+        pad_token_id: int,
+        generator: torch.Generator,
+    ) -> Samples:
+        """One response to each prompt (token ids), drawn at `temperature` from the whole distribution; `generator` is a
+        source of reproducible numbers."""
+        ...
+
+
+class OwnSampler:
+    """The function `generate` with the synced model itself: no copy of its weights stays between two calls."""
+
+    def sync(self, policy: nn.Module) -> None:
+        """Remember which model answers."""
+        self.policy = policy
+
+    def generate(self, prompts: list[list[int]], **options: Any) -> Samples:
+        """As Sampler.generate."""
+        return generate(cast(PreTrainedModel, self.policy), prompts, **options)
 
 
 def stream(

@@ -1,4 +1,4 @@
-"""PPO for language models: `PPOTrainer(policy, reference, rewards, critic, PPOConfig(...), train_dataset)`."""
+"""PPO for language models: `PPOTrainer(policy, rewards, PPOConfig(...), train_dataset, tokenizer, critic=critic)`."""
 
 from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.trainer import PPOTrainer

@@ -5,18 +5,20 @@ A *mask* is a bool tensor that is True on real tokens; it comes from lengths, ne
 so a pad token that is also the end token does no harm. Sums run over real tokens only.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 Reduce = Callable[[Tensor], Tensor]
 """Sum of a tensor over all processes."""
 
-CHUNK_ELEMENTS = 2**24
-"""Logits that exist at a time: 64 MB in fp32."""
+
+def alone(values: Tensor) -> Tensor:
+    """The Reduce of one process: the values as they are."""
+    return values
 
 
 def length_mask(lengths: Tensor, width: int) -> Tensor:
@@ -24,27 +26,27 @@ def length_mask(lengths: Tensor, width: int) -> Tensor:
     return torch.arange(width, device=lengths.device) < lengths[:, None]
 
 
-def masked_mean(values: Tensor, mask: Tensor, reduce: Reduce | None = None) -> Tensor:
-    """Mean of `values` where `mask` is True, over all processes if `reduce` is given; 0 where nothing is."""
+def masked_mean(values: Tensor, mask: Tensor, reduce: Reduce = alone) -> Tensor:
+    """Mean of `values` where `mask` is True, over all processes; 0 where nothing is."""
     sums = torch.stack([values[mask].sum(), mask.sum().to(values.dtype)])
-    total, count = reduce(sums) if reduce else sums
+    total, count = reduce(sums)
     return total / count.clamp(min=1)
 
 
-def masked_whiten(values: Tensor, mask: Tensor, reduce: Reduce | None = None, shift_mean: bool = True) -> Tensor:
+def masked_whiten(values: Tensor, mask: Tensor, reduce: Reduce = alone, shift_mean: bool = True) -> Tensor:
     """Shift and scale to mean 0 and (unbiased) variance 1 over real tokens of all processes; 0 elsewhere.
 
     Two passes, mean first, so that a large common offset costs no precision. Without `shift_mean` the mean stays.
     """
     mean = masked_mean(values, mask, reduce)
     squares = torch.stack([((values - mean)[mask] ** 2).sum(), mask.sum().to(values.dtype)])
-    total, count = reduce(squares) if reduce else squares
+    total, count = reduce(squares)
     variance = total / (count - 1).clamp(min=1)
     scaled = (values - mean) * torch.rsqrt(variance + 1e-8)
     return torch.where(mask, scaled if shift_mean else scaled + mean, 0.0)
 
 
-# --- log-probabilities ------------------------------------------------------------------------------------------------
+# --- places ------------------------------------------------------------------------------------------------
 
 
 def response_positions(prompt_lengths: Tensor, response_lengths: Tensor, width: int) -> Tensor:
@@ -58,35 +60,37 @@ def response_positions(prompt_lengths: Tensor, response_lengths: Tensor, width: 
     return (place >= start) & (place < start + response_lengths[:, None])
 
 
-def logprobs_from_hidden(
-    hidden: Tensor,
-    targets: Tensor,
-    head: Callable[[Tensor], Tensor],
-    vocab_size: int,
-    temperature: float = 1.0,
-    entropy: bool = False,
-    chunk_elements: int = CHUNK_ELEMENTS,
-) -> tuple[Tensor, Tensor | None]:
-    """log softmax(head(hidden) / temperature)[targets], and the entropy of that distribution where asked for.
+# --- scores ----------------------------------------------------------------------------------------------------------
 
-    `hidden` (N, D), `targets` (N,) long → (N,) float32 each, both with their gradients. About `chunk_elements`
-    logits exist at a time: of several chunks each one is computed again in the backward pass.
+
+def add_to_moments(moments: Sequence[float], scores: Tensor, reduce: Reduce = alone) -> list[float]:
+    """Count, mean and Σ(x − mean)² of all scores so far and those of a further batch, over all processes.
+
+    Chan, Golub and LeVeque's update: exact for any split into batches, and no difference of large sums.
     """
+    count, mean, squares = moments
+    scores = scores.double()
+    sums = torch.stack([torch.tensor(float(len(scores)), device=scores.device).double(), scores.sum()])
+    new_count, total = reduce(sums).tolist()
+    new_mean = total / new_count
+    spread = ((scores - new_mean) ** 2).sum()
+    new_squares = float(reduce(spread))
+    both, gap = count + new_count, new_mean - mean
+    return [both, mean + gap * new_count / both, squares + new_squares + gap**2 * count * new_count / both]
 
-    def chunk(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        logprobs = F.log_softmax(head(h).float() / temperature, dim=-1)
-        spread = -(logprobs.exp() * logprobs).sum(-1) if entropy else None
-        return logprobs.gather(-1, y[:, None]).squeeze(-1), spread
 
-    rows = max(1, chunk_elements // vocab_size)
-    if len(targets) <= rows:
-        return chunk(hidden, targets)
-    parts = [
-        checkpoint(chunk, h, y, use_reentrant=False) if torch.is_grad_enabled() else chunk(h, y)
-        for h, y in zip(hidden.split(rows), targets.split(rows), strict=True)
-    ]
-    logprobs, entropies = zip(*parts, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies) if entropy else None
+def standard_deviation(moments: Sequence[float]) -> float:
+    """Of all scores so far, from their count, mean and Σ(x − mean)²; 1 where they are equal, or there are none."""
+    count, _, squares = moments
+    std = math.sqrt(squares / max(1.0, count - 1))
+    return std if std > 1e-8 else 1.0
+
+
+def scale_scores(scores: Tensor, moments: Sequence[float] | None, clip: float | None) -> Tensor:
+    """(score − mean)/standard deviation by `moments`, if given, then clipped to ±clip, if given."""
+    if moments is not None:
+        scores = (scores - moments[1]) / standard_deviation(moments)
+    return scores if clip is None else scores.clamp(-clip, clip)
 
 
 # --- KL, rewards, advantages ------------------------------------------------------------------------------------------
@@ -131,6 +135,18 @@ def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float = 1.0, la
         running = deltas[:, t] + gamma * lam * running
         advantages[:, t] = running
     return advantages
+
+
+def leave_one_out(returns: Tensor, num_generations: int) -> Tensor:
+    """RLOO's advantage (arXiv 2402.14740, eq. 8): an answer's return less the mean return of its prompt's others.
+
+        A_i = R_i − 1/(k−1)·Σ_{j≠i} R_j
+
+    `returns` (B,), the k = `num_generations` ≥ 2 answers to one prompt one after the other → (B,).
+    """
+    groups = returns.view(-1, num_generations)
+    others = (groups.sum(1, keepdim=True) - groups) / (num_generations - 1)
+    return (groups - others).flatten()
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -201,7 +217,7 @@ def value_loss(
     return 0.5 * torch.maximum(plain_loss, clipped_loss).sum(), sums
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, reduce: Reduce | None = None) -> Tensor:
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, reduce: Reduce = alone) -> Tensor:
     """1 − Var(G − V)/Var(G) over real tokens of all processes; 1 is a perfect critic, 0 a constant, 0 if Var(G) = 0."""
     error = returns - values
     spread = masked_mean((returns - masked_mean(returns, mask, reduce)) ** 2, mask, reduce)

@@ -1,7 +1,12 @@
-"""What can be set about PPO: a module that imports nothing of ours, so that arguments and trainer can both use it."""
+"""What can be set about PPO. This module knows no networks, so that arguments and trainer can both use it."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Gt
+
+from pipeline.bounds import Count, CountOrZero, Decay, NotNegative, Positive, Seed, Share, check_bounds
+from pipeline.errors import UserError
 
 
 @dataclass
@@ -13,112 +18,159 @@ class PPOConfig:
 
     output_dir: str = "runs/ppo"
     """Folder whose `checkpoints/` holds the state for resume."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the order of prompts, of sampling and of mini-batches."""
     mixed_precision: Literal["auto", "bf16", "no"] = "auto"
     """bf16: matrix products in bfloat16, weights in fp32; auto: bf16 where the GPU or CPU has it in hardware."""
     gradient_checkpointing: bool = False
     """Compute the blocks' activations again in the backward pass: less memory, slower updates, the same result."""
 
-    total_episodes: int = 4096
+    total_episodes: Count = 4096
     """Answers to sample in all; rounded up to whole updates."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Answers in one update, over all processes."""
-    num_mini_batches: int = 4
+    num_mini_batches: Count = 4
     """Optimizer steps in one pass over an update's answers."""
-    num_ppo_epochs: int = 4
+    num_ppo_epochs: Count = 4
     """Passes over an update's answers."""
-    per_device_train_batch_size: int = 16
+    per_device_train_batch_size: Count = 16
     """Answers in one forward and backward pass on one device; changes memory and speed, not the result."""
 
-    num_generations: int = 1
+    advantage_estimator: Literal["gae", "rloo"] = "gae"
+    """gae: a critic tells the value of each token's state (arXiv 1506.02438). rloo: no critic; an answer's baseline is
+    the mean return of the other answers to its prompt (arXiv 2402.14740), which needs num_generations from 2 up."""
+    num_generations: Count = 1
     """Answers sampled to each prompt of an update."""
 
-    response_length: int = 64
+    response_length: Count = 64
     """Longest answer in tokens; one without an end token by then is truncated."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Sampling temperature; every log-probability is taken of logits / temperature."""
     normalize_scores: bool = False
     """Take from each score the mean of all scores so far and divide it by their standard deviation."""
-    score_clip: float | None = None
+    score_clip: Positive | None = None
     """A score counts for no more than this on either side of 0, after normalize_scores; none: as it is."""
-    missing_eos_penalty: float = 0.0
+    missing_eos_penalty: NotNegative = 0.0
     """Subtracted from the score of a truncated answer."""
 
-    kl_coef: float = 0.05
+    kl_coef: NotNegative = 0.05
     """β of the penalty −β·(log π − log π_ref) that every token pays (Ziegler et al. 2019)."""
-    adaptive_kl_target: float | None = None
+    adaptive_kl_target: Positive | None = None
     """KL in nats an answer that β is steered to, a little after each update; none: β stays as it is."""
-    adaptive_kl_horizon: int = 10_000
+    adaptive_kl_horizon: Count = 10_000
     """Episodes over which an adaptive β changes by at most a fifth; only with adaptive_kl_target."""
-    ref_sync_updates: int = 0
+    ref_sync_updates: CountOrZero = 0
     """Updates after which the reference becomes a copy of the policy, again and again; 0: never. Not with LoRA."""
     whiten_rewards: bool = False
     """Scale the tokens' rewards, KL penalty included, to a standard deviation of 1 around their mean, as TRL does
     (harmful in arXiv 2403.17031)."""
-    gamma: float = 1.0
-    """Discount of later rewards."""
-    lam: float = 0.95
-    """λ of the policy's advantages (GAE, arXiv 1506.02438)."""
-    lam_value: float = 0.95
+    gamma: Share = 1.0
+    """Discount of later rewards; only with gae."""
+    lam: Share = 0.95
+    """λ of the policy's advantages; only with gae."""
+    lam_value: Share = 0.95
     """λ of the critic's targets; 1 is the plain return, free of the critic's own bias (decoupled GAE, 2504.05118): no
-    difference in our ablation (LOG.md)."""
-    cliprange: float = 0.2
+    difference in our ablation (LOG.md). Only with gae."""
+    cliprange: Positive = 0.2
     """ε: a probability ratio outside 1 ± ε earns nothing more (arXiv 1707.06347)."""
-    cliprange_high: float | None = None
+    cliprange_high: Positive | None = None
     """ε of the upper side alone, 1 + ε: more room for tokens that were unlikely (arXiv 2503.14476); none: cliprange."""
-    dual_clip: float | None = None
+    dual_clip: Annotated[float, Gt(1)] | None = None
     """A token with a negative advantage A costs at most this times |A|, above 1 (arXiv 1912.09729); none: no bound."""
-    sampler_weight_cap: float | None = None
+    sampler_weight_cap: Positive | None = None
     """Weigh tokens by π/π_sampler, at most this, where the sampler computes otherwise than training; none: not."""
-    entropy_coef: float = 0.0
+    entropy_coef: NotNegative = 0.0
     """Weight of the policy's entropy, in nats a token, that is added to what it maximises."""
-    ptx_coef: float = 0.0
+    ptx_coef: NotNegative = 0.0
     """Weight of the pretraining loss on `ptx_dataset` in each policy step (InstructGPT had 27.8); 0: none."""
-    ptx_batch_size: int = 16
+    ptx_batch_size: Count = 16
     """Pretraining texts in a policy step, over all processes; only with ptx_coef."""
-    ptx_max_length: int = 128
+    ptx_max_length: Count = 128
     """Tokens of a pretraining text, from its beginning; only with ptx_coef."""
-    cliprange_value: float | None = 0.2
+    cliprange_value: Positive | None = 0.2
     """The critic's loss does not reward moving further than this from its value at sampling time; none: it may."""
-    target_kl: float | None = None
+    target_kl: Positive | None = None
     """An update's policy steps stop once a mini-batch's approximate KL to the sampling policy exceeds this."""
     share_trunk: bool = False
     """The critic is a linear head on the policy's own hidden states instead of a network of its own: little more than
     half the work and memory of an update, but its errors move the policy's weights too."""
-    vf_coef: float = 0.1
+    vf_coef: NotNegative = 0.1
     """Weight of the critic's loss in the common one; only with share_trunk."""
-    critic_warmup_updates: int = 0
+    critic_warmup_updates: CountOrZero = 0
     """Updates at the start in which only the critic learns (value pretraining, arXiv 2504.05118); with share_trunk its
     head alone. A critic from a reward model did without (LOG.md)."""
 
-    learning_rate: float = 3e-6
+    learning_rate: Positive = 3e-6
     """Peak learning rate of the policy (AdamW). Models of a few million parameters take 1e-4 and more."""
-    critic_learning_rate: float | None = None
+    critic_learning_rate: Positive | None = None
     """Peak learning rate of the critic (AdamW), with share_trunk of its head; none: the policy's."""
     lr_scheduler_type: Literal["linear", "constant"] = "linear"
     """linear: both learning rates fall to 0 over the run; constant: they stay."""
-    warmup_steps: int = 0
+    warmup_steps: CountOrZero = 0
     """Updates over which both learning rates rise from 0."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """Decoupled weight decay of AdamW; not on norms and biases."""
-    adam_beta1: float = 0.9
+    adam_beta1: Decay = 0.9
     """First-moment decay of AdamW."""
-    adam_beta2: float = 0.999
+    adam_beta2: Decay = 0.999
     """Second-moment decay of AdamW."""
-    adam_epsilon: float = 1e-8
+    adam_epsilon: Positive = 1e-8
     """ε of AdamW; 1e-5 would make early steps smaller."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """The gradients of policy and critic are each scaled down to this global norm."""
 
-    ema_decay: float | None = None
-    """Keep an average of the policy, avg ← d·avg + (1−d)·policy after each update, saved in `ema`; none: not."""
-
-    logging_steps: int = 1
+    logging_steps: Count = 1
     """Updates between two lines of metrics."""
-    eval_steps: int = 0
+    eval_steps: CountOrZero = 0
     """Updates between two evaluations on held-out prompts, one before the first update included; 0: none."""
     best_metric: Literal["none", "rlhf_reward", "proxy", "gold", "win_rate"] = "rlhf_reward"
     """Held-out figure whose best policy is kept in `best`; rlhf_reward: proxy less missing end tokens and β·KL."""
-    save_steps: int = 10
+    save_steps: CountOrZero = 10
     """Updates between two checkpoints; 0: none."""
+
+    @property
+    def total_updates(self) -> int:
+        """Updates of the whole run."""
+        return -(-self.total_episodes // self.batch_size)
+
+
+def check_config(args: PPOConfig, processes: int) -> None:
+    """Raise UserError for values that make no sense, alone or together."""
+    check_bounds(args)
+    for name in ("num_mini_batches", "num_generations"):
+        if args.batch_size % (processes * getattr(args, name)):
+            raise UserError(
+                f"batch_size {args.batch_size} must be a multiple of {name} × processes = "
+                f"{getattr(args, name)} × {processes}; change one of them"
+            )
+    if args.adaptive_kl_target is not None and args.adaptive_kl_horizon < args.batch_size:
+        raise UserError(
+            f"adaptive_kl_horizon: {args.adaptive_kl_horizon} episodes are less than the {args.batch_size} of an "
+            "update, after which β could jump below 0; give it thousands"
+        )
+    if args.adaptive_kl_target is not None and args.kl_coef == 0:
+        raise UserError("adaptive_kl_target: a kl_coef of 0 stays 0; give kl_coef a start above 0")
+    if args.ptx_coef and args.ptx_batch_size % processes:
+        raise UserError(f"ptx_batch_size {args.ptx_batch_size} must be a multiple of the {processes} processes")
+    if args.critic_warmup_updates * args.batch_size >= args.total_episodes:
+        raise UserError(
+            f"critic_warmup_updates {args.critic_warmup_updates} leaves no update of {args.batch_size} episodes to the "
+            f"policy out of {args.total_episodes}; lower it or raise total_episodes"
+        )
+    if args.advantage_estimator == "rloo":
+        _check_rloo(args)
+
+
+def _check_rloo(args: PPOConfig) -> None:
+    """RLOO compares the answers to one prompt, and has no critic that an option could be about."""
+    if args.num_generations < 2:
+        raise UserError("advantage_estimator rloo compares answers to one prompt; set num_generations to 2 or more")
+    for name, without in (
+        ("share_trunk", False),
+        ("critic_learning_rate", None),
+        ("critic_warmup_updates", 0),
+        ("gamma", 1.0),
+        ("whiten_rewards", False),
+    ):
+        if getattr(args, name) != without:
+            raise UserError(f"{name} has no meaning with advantage_estimator rloo; leave it out, or take gae")

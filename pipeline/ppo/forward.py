@@ -15,8 +15,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pipeline.errors import UserError
 from pipeline.model.load import states_at
+from pipeline.model.logprobs import logprobs_from_hidden
 from pipeline.model.lora import without_wrapper
-from pipeline.ppo.algorithm import logprobs_from_hidden
 
 # Steps between head and softmax that some architectures take (Gemma 2, Cohere, Granite).
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")

@@ -3,212 +3,211 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.model.hardware import handing_back_memory, side_by_side
 from pipeline.ppo import algorithm as A
+from pipeline.ppo.advantages import ESTIMATORS
 from pipeline.ppo.config import PPOConfig
-from pipeline.ppo.extras import Average, PretrainingText, copy_weights
-from pipeline.ppo.forward import TokenLogprobs, TokenValues
 from pipeline.ppo.metrics import MetricSums, rollout_metrics
-from pipeline.ppo.rollout import Plan, Rollout, plan_epoch, seeded
+from pipeline.ppo.models import Models
+from pipeline.ppo.rollout import PRETRAINING, SHUFFLING, Plan, PretrainingText, Rollout, plan_epoch, seeded
 
-SHUFFLING, PRETRAINING = 3, 5  # first numbers of seeds, as in trainer.py
+LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
+"""Rows of a micro-batch → their loss, summed over tokens, and sums for the log."""
 
 
-class Step(NamedTuple):
-    """One optimizer step: rows by micro-batch, their tokens on all processes, what draws pretraining text."""
+@dataclass
+class Network:
+    """What an optimizer trains: a forward pass, which DistributedDataParallel wraps where there are more processes."""
 
-    micro_batches: list[Tensor]
-    tokens: Tensor
-    random: torch.Generator
+    module: nn.Module
+    optimizer: Any
 
 
 class Learner:
-    """The half of PPOTrainer that learns; the other half builds, samples, logs and keeps."""
+    """Policy and critic with their optimizers: `estimate` advantages of scored answers, then `update` the weights."""
 
-    args: PPOConfig
-    accelerator: Accelerator
-    device: torch.device
-    world: int
-    rank: int
-    reduce: A.Reduce | None
-    at_once: bool  # policy and critic may learn at the same time
-    total_updates: int
-    policy: nn.Module
-    policy_forward: TokenLogprobs
-    reference_forward: TokenLogprobs
-    critic_forward: TokenValues
-    policy_train: nn.Module  # the forwards above, through DistributedDataParallel
-    critic_train: nn.Module
-    policy_optimizer: Any
-    critic_optimizer: Any
-    kl_coef: float
-    average: Average | None
-    ptx: PretrainingText | None
+    def __init__(
+        self, models: Models, args: PPOConfig, accelerator: Accelerator, ptx: PretrainingText | None = None
+    ) -> None:
+        self.models, self.args, self.accelerator, self.ptx = models, args, accelerator, ptx
+        self.device, self.world, self.rank = accelerator.device, accelerator.num_processes, accelerator.process_index
+        self.reduce: A.Reduce = A.alone if self.world == 1 else partial(accelerator.reduce, reduction="sum")
+        policy_rate = args.learning_rate
+        critic_rate = policy_rate if args.critic_learning_rate is None else args.critic_learning_rate
+        trained = [(models.policy, policy_rate)]
+        if args.share_trunk and models.critic is not None:
+            trained.append((models.critic, critic_rate))
+        self.policy = self._network(models.policy_forward, trained)
+        self.critic: Network | None = None
+        if models.critic_forward is not None:
+            self.critic = self._network(models.critic_forward, [(models.critic_forward.model, critic_rate)])
 
-    def score(self, rollout: Rollout, update: int) -> dict[str, float]:
-        """Fill in log-probabilities, values, advantages and returns.
+    def _network(self, forward: nn.Module, trained: list[tuple[nn.Module, float]]) -> Network:
+        return Network(*self.accelerator.prepare(forward, build_optimizer(self.args, trained)))
 
-        Micro-batches and threads are those of the first epoch, so the policy's log-probabilities come out of the same
-        computation as in training: to the bit, the ratio at the first step is 1 and the KL to an equal reference 0.
+    @property
+    def optimizers(self) -> dict[str, Any]:
+        """The optimizers by the name of what they train."""
+        networks = {"policy": self.policy, "critic": self.critic}
+        return {name: network.optimizer for name, network in networks.items() if network is not None}
+
+    # --- before the first step ----------------------------------------------------------------------------------------
+
+    def estimate(self, rollout: Rollout, update: int, kl_coef: float) -> dict[str, float]:
+        """Fill in log-probabilities, values, advantages and returns; returns the figures of the answers.
+
+        Micro-batches are those of the first epoch, so the policy's log-probabilities come out of the same computation
+        as in training: to the bit, the ratio at the first step is 1 and the KL to an equal reference 0.
         """
-        args, start = self.args, self._clock()
-        if self._renews(update):
-            copy_weights(self.policy, self.reference_forward.model)
-        plan = self.plan(rollout, update, epoch=0)
-        clocks = [start]
-        with self.accelerator.autocast():
-            names = ("logprobs", "entropy", "values")[: 3 if args.share_trunk else 2]
-            with_entropy = partial(self.policy_forward, entropy=True)
-            tables = rollout.per_token(with_entropy, plan, len(names), self.at_once)
-            for name, table in zip(names, tables, strict=True):
-                setattr(rollout, name, table)
-            clocks.append(self._clock())
-            with self.reference_forward.without_adapter():
-                (rollout.ref_logprobs,) = rollout.per_token(
-                    lambda *inputs: self.reference_forward(*inputs)[0], plan, at_once=self.at_once
-                )
-            clocks.append(self._clock())
-            if not args.share_trunk:
-                (rollout.values,) = rollout.per_token(self.critic_forward, plan, at_once=self.at_once)
-            clocks.append(self._clock())
-
-        lengths, mask = rollout.response_lengths, rollout.mask
+        args = self.args
+        if self.renews_reference(update):
+            copy_weights(self.models.policy, self.models.reference)
+        times = self._read(rollout, self.plan(rollout, update, epoch=0))
         kl = A.kl_k1(rollout.logprobs, rollout.ref_logprobs)
-        rewards = A.place_rewards(rollout.scores, kl, lengths, self.kl_coef)
-        if args.whiten_rewards:
-            rewards = A.masked_whiten(rewards, mask, self.reduce, shift_mean=False)
-        rollout.returns = A.gae(rewards, rollout.values, lengths, args.gamma, args.lam_value) + rollout.values * mask
-        advantages = A.gae(rewards, rollout.values, lengths, args.gamma, args.lam)
-        rollout.advantages = A.masked_whiten(advantages, mask, self.reduce)
-
-        if args.sampler_weight_cap is not None:
+        rewards = A.place_rewards(rollout.scores, kl, rollout.response_lengths, kl_coef)
+        ESTIMATORS[args.advantage_estimator].estimate(rollout, rewards, args, self.reduce)
+        if args.sampler_weight_cap is not None and rollout.sampler_logprobs is not None:
             rollout.weights = A.importance_weights(rollout.logprobs, rollout.sampler_logprobs, args.sampler_weight_cap)
-
-        metrics = rollout_metrics(rollout, kl, self.kl_coef, self.reduce)
-        parts = ("time/logprobs", "time/reference", "time/critic")  # of time/score
-        metrics |= {name: end - begin for name, begin, end in zip(parts, clocks, clocks[1:], strict=False)}
-        metrics["time/score"] = self._clock() - start
+        metrics = rollout_metrics(rollout, kl, kl_coef, self.reduce) | times
+        if self.models.critic is not None:
+            explained = A.explained_variance(rollout.values, rollout.returns, rollout.mask, self.reduce)
+            metrics["val/explained_variance"] = explained.item()
         return metrics
 
-    def optimise(self, rollout: Rollout, update: int) -> dict[str, float]:
-        """`num_ppo_epochs` × `num_mini_batches` optimizer steps of critic and, after its warm-up, policy."""
-        start = self._clock()
-        self.policy_moves = update >= self.args.critic_warmup_updates
-        steps = self.steps(rollout, update)
-        learn = [self.learn_values, self.learn_policy] if self.policy_moves else [self.learn_values]
-        if self.args.share_trunk:
-            learn = [self.learn_both]
-        log = MetricSums()
-        with handing_back_memory() if self.at_once else contextlib.nullcontext():
-            for part in side_by_side([partial(half, rollout, steps) for half in learn], self.at_once):
-                log.join(part)
+    def _read(self, rollout: Rollout, plan: Plan, values: bool = True) -> dict[str, float]:
+        """The forward passes before learning: the policy's, the reference's and the critic's; returns their times."""
+        models, times = self.models, dict[str, float]()
+        clock = self.clock()
+
+        def lap(name: str) -> None:
+            nonlocal clock
+            before, clock = clock, self.clock()
+            times[f"time/{name}"] = clock - before
+
+        with self.accelerator.autocast():
+            names = ["logprobs", "entropy", "values"][: 3 if self.args.share_trunk else 2]
+            with_entropy = partial(models.policy_forward, entropy=True)
+            for name, table in zip(names, rollout.per_token(with_entropy, plan, len(names)), strict=True):
+                setattr(rollout, name, table)
+            lap("logprobs")
+            with models.reference_forward.without_adapter():
+                reference = models.reference_forward
+                (rollout.ref_logprobs,) = rollout.per_token(lambda *inputs: reference(*inputs)[0], plan)
+            lap("reference")
+            if models.critic_forward is not None and values:
+                (rollout.values,) = rollout.per_token(models.critic_forward, plan)
+                lap("critic")
+        return times
+
+    def kl_of(self, rollout: Rollout) -> list[float]:
+        """log π − log π_ref of each answer as a whole, in nats."""
+        rows = torch.arange(len(rollout.scores), device=self.device)
+        self._read(rollout, [list(rows.split(self.args.per_device_train_batch_size))], values=False)
+        return A.kl_k1(rollout.logprobs, rollout.ref_logprobs).double().sum(1).tolist()
+
+    # --- the steps ----------------------------------------------------------------------------------------------------
+
+    def update(self, rollout: Rollout, update: int) -> dict[str, float]:
+        """`num_ppo_epochs` × `num_mini_batches` optimizer steps of critic and policy (arXiv 1707.06347, algorithm 1).
+
+        The policy rests during the critic's warm-up, and once a mini-batch goes past `target_kl`.
+        """
+        start, log = self.clock(), MetricSums()
+        policy_learns = update >= self.args.critic_warmup_updates
+        for epoch in range(self.args.num_ppo_epochs):
+            for number, mini_batch in enumerate(self.plan(rollout, update, epoch)):
+                tokens = self.reduce(rollout.response_lengths[torch.cat(mini_batch)].sum().float())
+                norms = {}
+                if self.critic is not None:
+                    self.backward(self.critic, partial(self.value_loss, rollout), mini_batch, tokens, log)
+                    norms["critic/grad_norm"] = self.step(self.critic)
+                if policy_learns and self.ptx is not None:
+                    random = seeded(self.args.seed, PRETRAINING, update, epoch, number, self.rank)
+                    self.pretraining_backward(self.ptx, random, tokens, log)
+                if policy_learns or self.args.share_trunk:
+                    loss_of = partial(self.policy_loss, rollout)
+                    if self.args.share_trunk:
+                        loss_of = partial(self.common_loss, rollout, policy_learns)
+                    self.backward(self.policy, loss_of, mini_batch, tokens, log)
+                    policy_learns = policy_learns and not self.past_target_kl(log.open, tokens)
+                    norms |= self.policy_step(policy_learns)
+                log.close(tokens, norms)
         metrics = log.means(self.reduce)
         if not all(map(math.isfinite, metrics.values())):
             raise UserError(
                 f"ppo: a loss or gradient of update {update + 1} is not a finite number; lower learning_rate or "
                 "critic_learning_rate and begin anew, in another output_dir if this run's checkpoints are to stay"
             )
-        metrics["time/update"] = self._clock() - start
-        return metrics
+        return metrics | {"time/update": self.clock() - start}
 
-    def steps(self, rollout: Rollout, update: int) -> list[Step]:
-        """All optimizer steps of an update."""
-        found = []
-        for epoch in range(self.args.num_ppo_epochs):
-            plan = self.plan(rollout, update, epoch)
-            counts = torch.stack([rollout.response_lengths[torch.cat(rows)].sum() for rows in plan]).float()
-            counts = self.reduce(counts) if self.reduce else counts
-            for i, (micro_batches, tokens) in enumerate(zip(plan, counts, strict=True)):
-                random = seeded(self.args.seed, PRETRAINING, update, epoch, i, self.rank)
-                found.append(Step(micro_batches, tokens, random))
-        return found
+    def plan(self, rollout: Rollout, update: int, epoch: int) -> Plan:
+        """This epoch's mini-batches of micro-batches; the same on every call."""
+        shuffle = seeded(self.args.seed, SHUFFLING, update, epoch, self.rank)
+        return plan_epoch(rollout.lengths, self.args.num_mini_batches, self.args.per_device_train_batch_size, shuffle)
 
-    def learn_values(self, rollout: Rollout, steps: list[Step]) -> MetricSums:
-        """The critic's steps; they share nothing with the policy's, so both may run at the same time."""
-        log = MetricSums()
-        for step in steps:
-            self.critic_step(rollout, step.micro_batches, step.tokens, log)
-        return log
-
-    def learn_policy(self, rollout: Rollout, steps: list[Step]) -> MetricSums:
-        """The policy's steps, up to the one that goes past `target_kl`."""
-        log = MetricSums()
-        for step in steps:
-            if self.policy_moves:
-                if self.ptx:
-                    self.pretraining_loss(step.random, step.tokens, log)
-                self.policy_step(rollout, step.micro_batches, step.tokens, log)
-        return log
-
-    def learn_both(self, rollout: Rollout, steps: list[Step]) -> MetricSums:
-        """With `share_trunk`: the steps of policy and critic in one."""
-        log = MetricSums()
-        for step in steps:
-            if self.policy_moves and self.ptx:
-                self.pretraining_loss(step.random, step.tokens, log)
-            self.common_step(rollout, step.micro_batches, step.tokens, log)
-        return log
-
-    def critic_step(self, rollout: Rollout, micro_batches: list[Tensor], tokens: Tensor, log: MetricSums) -> None:
-        """One step on the mean value loss over all `tokens` of a mini-batch, summed up micro-batch by micro-batch."""
-        for rows, sync in self._micro_batches(micro_batches, self.critic_train):
-            with sync:
-                loss, sums = self.value_loss(rollout, rows, self.critic_train(*rollout.inputs(rows)))
+    def backward(
+        self, network: Network, loss_of: LossFunction, mini_batch: list[Tensor], tokens: Tensor, log: MetricSums
+    ) -> None:
+        """Gradients of the mean loss over all `tokens` of a mini-batch, summed up micro-batch by micro-batch."""
+        for i, rows in enumerate(mini_batch):
+            last = i + 1 == len(mini_batch)  # the only one in which processes sum their gradients
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(network.module):
+                loss, sums = loss_of(rows)
                 # DistributedDataParallel takes the mean over processes; `tokens` counts those of all processes.
                 self.accelerator.backward(loss * self.world / tokens)
             log.add(sums)
-        log.close(tokens, {"critic/grad_norm": self._clip_and_step(self.critic_train, self.critic_optimizer)})
 
-    def policy_step(self, rollout: Rollout, micro_batches: list[Tensor], tokens: Tensor, log: MetricSums) -> None:
-        """One step on the mean clipped surrogate over all `tokens`; past `target_kl` none, and no more this update."""
-        for rows, sync in self._micro_batches(micro_batches, self.policy_train):
-            with sync:
-                found = self.policy_train(*rollout.inputs(rows), entropy=bool(self.args.entropy_coef))
-                loss, sums = self.policy_loss(rollout, rows, *found)
-                self.accelerator.backward(loss * self.world / tokens)
-            log.add(sums)
-        if self._too_far(log.open["policy/approxkl_avg"] / tokens):
-            self.policy_moves = False
-            self.policy_optimizer.zero_grad()
-            log.close(tokens, {})
-            return
-        log.close(tokens, {"policy/grad_norm": self._clip_and_step(self.policy_train, self.policy_optimizer)})
+    def step(self, network: Network) -> Tensor:
+        """Clip the gradients to `max_grad_norm` and take an optimizer step; returns their norm before."""
+        norm = self.accelerator.clip_grad_norm_(network.module.parameters(), self.args.max_grad_norm)
+        network.optimizer.step()
+        network.optimizer.zero_grad()
+        return norm.detach()
 
-    def common_step(self, rollout: Rollout, micro_batches: list[Tensor], tokens: Tensor, log: MetricSums) -> None:
-        """With `share_trunk`: one step on policy loss + vf_coef · value loss; the head alone while the policy rests."""
-        args, moves = self.args, self.policy_moves
-        for rows, sync in self._micro_batches(micro_batches, self.policy_train):
-            with sync:
-                logprobs, entropy, values = self.policy_train(
-                    *rollout.inputs(rows), entropy=bool(args.entropy_coef), trunk_learns=moves
-                )
-                value_loss, sums = self.value_loss(rollout, rows, values)
-                loss, policy_sums = self.policy_loss(rollout, rows, logprobs, entropy)
-                # While the policy rests its loss counts 0 instead of being left out: DistributedDataParallel waits for
-                # every gradient
-                self.accelerator.backward((loss * moves + args.vf_coef * value_loss) * self.world / tokens)
-            log.add(sums | (policy_sums if moves else {}))
-        if moves and self._too_far(log.open["policy/approxkl_avg"] / tokens):
-            self.policy_moves = moves = False
-        if not moves:
-            for parameter in self.policy.parameters():
-                parameter.grad = None
-        norm = self._clip_and_step(self.policy_train, self.policy_optimizer)
-        log.close(tokens, {"policy/grad_norm" if moves else "critic/grad_norm": norm})
+    def policy_step(self, policy_learns: bool) -> dict[str, Tensor]:
+        """The policy's step; while it rests, with `share_trunk` the head's alone, else none. The gradient's norm."""
+        if policy_learns:
+            return {"policy/grad_norm": self.step(self.policy)}
+        for parameter in self.models.policy.parameters():
+            parameter.grad = None
+        return {"critic/grad_norm": self.step(self.policy)} if self.args.share_trunk else {}
 
-    def policy_loss(
+    # --- losses of a micro-batch, summed over its tokens --------------------------------------------------------------
+
+    def policy_loss(self, rollout: Rollout, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Clipped surrogate less entropy_coef · entropy."""
+        logprobs, entropy = self.policy.module(*rollout.inputs(rows), entropy=bool(self.args.entropy_coef))
+        return self.surrogate(rollout, rows, logprobs, entropy)
+
+    def common_loss(self, rollout: Rollout, policy_learns: bool, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """With `share_trunk`: policy loss + vf_coef · value loss, of one forward pass."""
+        logprobs, entropy, values = self.policy.module(
+            *rollout.inputs(rows), entropy=bool(self.args.entropy_coef), trunk_learns=policy_learns
+        )
+        value_loss, sums = self.squared_error(rollout, rows, values)
+        loss, policy_sums = self.surrogate(rollout, rows, logprobs, entropy)
+        # While the policy rests its loss counts 0 instead of being left out: DistributedDataParallel waits for every
+        # gradient
+        return loss * policy_learns + self.args.vf_coef * value_loss, sums | (policy_sums if policy_learns else {})
+
+    def value_loss(self, rollout: Rollout, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The critic's clipped squared error."""
+        assert self.critic is not None
+        return self.squared_error(rollout, rows, self.critic.module(*rollout.inputs(rows)))
+
+    def surrogate(
         self, rollout: Rollout, rows: Tensor, logprobs: Tensor, entropy: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Clipped surrogate less entropy_coef · entropy of a micro-batch, summed over its tokens; sums for the log."""
+        """Policy loss of log-probabilities (N,) and entropies (N,)."""
         args = self.args
         old, advantages = rollout.flat(rollout.logprobs, rows), rollout.flat(rollout.advantages, rows)
         weights = None if rollout.weights is None else rollout.flat(rollout.weights, rows)
@@ -216,84 +215,85 @@ class Learner:
             logprobs, old, advantages, args.cliprange, args.cliprange_high, args.dual_clip, weights
         )
         sums["loss/policy_avg"] = loss.detach()
-        if args.entropy_coef:
+        if entropy is not None:
             loss = loss - args.entropy_coef * entropy.sum()
             sums["policy/entropy_avg"] = entropy.detach().sum()
         return loss, sums
 
-    def value_loss(self, rollout: Rollout, rows: Tensor, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The critic's loss of a micro-batch, summed over its tokens; sums for the log."""
+    def squared_error(self, rollout: Rollout, rows: Tensor, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Value loss of values (N,)."""
         old_values, returns = rollout.flat(rollout.values, rows), rollout.flat(rollout.returns, rows)
         loss, sums = A.value_loss(values, old_values, returns, self.args.cliprange_value)
         return loss, {"loss/value_avg": loss.detach(), **sums}
 
-    def pretraining_loss(self, random: torch.Generator, tokens: Tensor, log: MetricSums) -> None:
+    def pretraining_backward(
+        self, ptx: PretrainingText, random: torch.Generator, tokens: Tensor, log: MetricSums
+    ) -> None:
         """Gradients of ptx_coef · mean loss on pretraining text (InstructGPT), ahead of the policy step's own."""
-        args = self.args
-        ids, predicts = self.ptx.draw(args.ptx_batch_size // self.world, random, self.device)
-        count = predicts.sum().float()
-        count = self.reduce(count) if self.reduce else count
+        args, module = self.args, self.policy.module
+        ids, predicts = ptx.draw(args.ptx_batch_size // self.world, random, self.device)
+        count = self.reduce(predicts.sum().float())
         size = args.per_device_train_batch_size
         for part, places in zip(ids.split(size), predicts.split(size), strict=True):
-            with self.accelerator.no_sync(self.policy_train):  # the policy step's last backward pass sums them all
-                logprobs = self.policy_train(part, places, temperature=1.0)[0]
-                loss = -logprobs.sum() / count
+            with self.accelerator.no_sync(module):  # the policy step's last backward pass sums them all
+                loss = -module(part, places, temperature=1.0)[0].sum() / count
                 self.accelerator.backward(args.ptx_coef * loss * self.world)
             log.add({"loss/ptx_avg": loss.detach() * tokens})
 
-    def _follow(self, metrics: dict[str, float], update: int) -> None:
-        """Move what follows the policy: β to its target, and the average."""
-        args = self.args
-        # Where policy and reference are still equal, or again, the KL is 0 and says nothing about β
-        equal = update <= args.critic_warmup_updates or self._renews(update)
-        if args.adaptive_kl_target is not None and not equal:
-            self.kl_coef = A.adapted_kl_coef(
-                self.kl_coef,
-                metrics["objective/kl"],
-                args.adaptive_kl_target,
-                args.adaptive_kl_horizon,
-                args.batch_size,
-            )
-        if self.average:
-            self.average.update(self.policy)
+    # --- when ---------------------------------------------------------------------------------------------------------
 
-    def _renews(self, update: int) -> bool:
+    def past_target_kl(self, sums: dict[str, Tensor], tokens: Tensor) -> bool:
+        """Whether a mini-batch's approximate KL to the sampling policy exceeds `target_kl`."""
+        if self.args.target_kl is None:
+            return False
+        return float(self.reduce(sums["policy/approxkl_avg"] / tokens)) > self.args.target_kl
+
+    def renews_reference(self, update: int) -> bool:
         """Whether the reference becomes the policy as it is before this update: after the evaluation of the last."""
         every = self.args.ref_sync_updates
         return bool(every) and update > 0 and update % every == 0
 
-    def _too_far(self, approxkl: Tensor) -> bool:
-        if self.args.target_kl is None:
-            return False
-        return float(self.reduce(approxkl) if self.reduce else approxkl) > self.args.target_kl
-
-    def plan(self, rollout: Rollout, update: int, epoch: int) -> Plan:
-        """This epoch's mini-batches of micro-batches; the same on every call."""
-        shuffle = seeded(self.args.seed, SHUFFLING, update, epoch, self.rank)
-        return plan_epoch(rollout.lengths, self.args.num_mini_batches, self.args.per_device_train_batch_size, shuffle)
-
-    def _micro_batches(self, rows: list[Tensor], model: nn.Module) -> Iterator[tuple[Tensor, Any]]:
-        """Micro-batches, each with the context for its backward pass: processes sum gradients in the last one only."""
-        for i, part in enumerate(rows):
-            yield part, contextlib.nullcontext() if i + 1 == len(rows) else self.accelerator.no_sync(model)
-
-    def _clip_and_step(self, model: nn.Module, optimizer: Any) -> Tensor:
-        norm = self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        return norm.detach()
-
-    def set_learning_rates(self, update: int) -> None:
+    def set_learning_rates(self, update: int) -> dict[str, float]:
         """Warm-up and decay as a function of the number of updates done, so there is no scheduler state."""
         args = self.args
         factor = min(1.0, (update + 1) / args.warmup_steps) if args.warmup_steps else 1.0
         if args.lr_scheduler_type == "linear":
-            factor *= 1 - update / self.total_updates
-        for optimizer in (self.policy_optimizer, self.critic_optimizer):
+            factor *= 1 - update / args.total_updates
+        for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * factor
+        rates = {"lr": self.policy.optimizer.param_groups[0]["lr"]}
+        if self.models.critic is not None:
+            rates["critic/lr"] = (self.critic or self.policy).optimizer.param_groups[-1]["lr"]
+        return rates
 
-    def _clock(self) -> float:
+    def clock(self) -> float:
+        """Seconds, when all work so far is done."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+def build_optimizer(args: PPOConfig, trained: list[tuple[nn.Module, float]]) -> torch.optim.AdamW:
+    """AdamW of models, each with its peak learning rate, kept as `rate`; weight decay leaves out norms and biases."""
+    groups: list[dict[str, Any]] = []
+    for model, rate in trained:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        if any(p.dtype != torch.float32 for p in parameters):
+            raise UserError(
+                f"{type(model).__name__}: its trained weights are not in fp32, which rounds small steps away; load it "
+                "with dtype=torch.float32 (mixed_precision computes in bf16 all the same)"
+            )
+        for decayed in (True, False):
+            group = [p for p in parameters if (p.ndim >= 2) == decayed]
+            decay = args.weight_decay if decayed else 0.0
+            groups.append({"params": group, "weight_decay": decay, "lr": rate, "rate": rate})
+    betas = (args.adam_beta1, args.adam_beta2)
+    return torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=args.adam_epsilon, fused=True)
+
+
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Give `target` the weights of `source`, a model of the same shape."""
+    for theirs, ours in zip(target.parameters(), source.parameters(), strict=True):
+        theirs.copy_(ours)

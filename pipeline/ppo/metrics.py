@@ -10,7 +10,7 @@ from pipeline.ppo.algorithm import Reduce
 from pipeline.ppo.rollout import Rollout
 
 
-def rollout_metrics(rollout: Rollout, kl: Tensor, kl_coef: float, reduce: Reduce | None) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout, kl: Tensor, kl_coef: float, reduce: Reduce) -> dict[str, float]:
     """Means over the answers (kl, scores, …: sums over an answer's tokens) or tokens (entropy) of all processes."""
     mask, lengths, scores = rollout.mask, rollout.response_lengths.float(), rollout.scores
     k3 = A.kl_k3(rollout.logprobs, rollout.ref_logprobs)
@@ -18,7 +18,7 @@ def rollout_metrics(rollout: Rollout, kl: Tensor, kl_coef: float, reduce: Reduce
     per_token = [(table * mask).sum(1) for table in (kl, k3, rollout.entropy)]
     per_answer = [one, lengths, scores, scores**2, (~rollout.ended).float(), per_token[0] ** 2]
     sums = torch.stack(per_token + per_answer, dim=1).double().sum(0)
-    sums = (reduce(sums) if reduce else sums).tolist()
+    sums = reduce(sums).tolist()
     kl1, kl3, entropy, count, length, score, score_squared, truncated, kl_squared = sums
     mean_kl, mean_score, penalty = kl1 / count, score / count, -kl_coef * kl1 / count
     metrics = {
@@ -33,7 +33,6 @@ def rollout_metrics(rollout: Rollout, kl: Tensor, kl_coef: float, reduce: Reduce
         "objective/entropy": entropy / length,
         "response/length": length / count,
         "response/without_eos": truncated / count,
-        "val/explained_variance": A.explained_variance(rollout.values, rollout.returns, mask, reduce).item(),
     }
     if rollout.sampler_logprobs is not None:
         gap = (rollout.sampler_logprobs - rollout.logprobs).abs()
@@ -62,12 +61,7 @@ class MetricSums:
             self.norms.setdefault(name, []).append(value)
         self.open = {}
 
-    def join(self, other: "MetricSums") -> None:
-        """Take in the closed mini-batches of another log, of other metrics."""
-        self.shares |= other.shares
-        self.norms |= other.norms
-
-    def means(self, reduce: Reduce | None) -> dict[str, float]:
+    def means(self, reduce: Reduce) -> dict[str, float]:
         """Mean over mini-batches of the mean over tokens.
 
         `val/ratio_first` and `val/ratio_first_var` (mean square of ρ − 1) are of the first mini-batch alone.
@@ -77,7 +71,7 @@ class MetricSums:
             rows["val/ratio_first"] = self.shares["val/ratio"][0]
             rows["val/ratio_first_var"] = self.shares["val/ratio_var"][0]
         table = torch.stack(list(rows.values()))
-        values = dict(zip(rows, (reduce(table) if reduce else table).tolist(), strict=True))
+        values = dict(zip(rows, reduce(table).tolist(), strict=True))
         if "val/ratio" in values:
             values["val/ratio_var"] = max(0.0, values["val/ratio_var"] - (values["val/ratio"] - 1) ** 2)
         return values | {name: torch.stack(norms).mean().item() for name, norms in self.norms.items()}

@@ -3,20 +3,26 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import UserError
-from pipeline.model.hardware import side_by_side
+from pipeline.model.sampler import Sampler, Samples
 from pipeline.ppo.algorithm import length_mask, response_positions
+from pipeline.ppo.config import PPOConfig
+from pipeline.text.packing import document_end
 from pipeline.text.tokenizer import answer_texts, encode, prompt_ids
 from reward_data.formats import answer_to, text_of
 
 Plan = list[list[Tensor]]
 """Mini-batches of micro-batches of row numbers."""
+# First numbers of the seeds, so that no two uses draw the same
+PROMPT_ORDER, SAMPLING, SHUFFLING, HELD_OUT, PRETRAINING = 1, 2, 3, 4, 5
 
 
 class Prompts:
@@ -61,7 +67,7 @@ class Prompts:
         chosen: list[int] = []
         while len(chosen) < count:
             epoch, place = divmod(start + len(chosen), len(self))
-            shuffled = torch.randperm(len(self), generator=seeded(seed, 1, epoch)).tolist()
+            shuffled = torch.randperm(len(self), generator=seeded(seed, PROMPT_ORDER, epoch)).tolist()
             chosen += shuffled[place : place + count - len(chosen)]
         return chosen
 
@@ -88,10 +94,16 @@ class Rollout:
     logprobs: Tensor = field(init=False)  # (B, R) of the policy that sampled
     ref_logprobs: Tensor = field(init=False)  # (B, R)
     entropy: Tensor = field(init=False)  # (B, R)
-    values: Tensor = field(init=False)  # (B, R)
+    values: Tensor = field(init=False)  # (B, R), where there is a critic
     advantages: Tensor = field(init=False)  # (B, R)
-    returns: Tensor = field(init=False)  # (B, R)
+    returns: Tensor = field(init=False)  # (B, R), where there is a critic
     weights: Tensor | None = None  # (B, R) of the policy's loss, where the sampler is corrected for
+
+    @classmethod
+    def of(cls, samples: Samples, scores: Tensor) -> "Rollout":
+        """Samples with their scores (B,)."""
+        lengths = samples.prompt_lengths, samples.response_lengths
+        return cls(samples.sequences, *lengths, samples.ended, samples.logprobs, scores)
 
     @property
     def lengths(self) -> Tensor:
@@ -115,52 +127,82 @@ class Rollout:
         return values[rows][mask]
 
     @torch.no_grad()
-    def per_token(
-        self, forward: Callable[..., Any], plan: Plan, outputs: int = 1, at_once: bool = False
-    ) -> list[Tensor]:
-        """Run `forward(ids, predicts)` over a plan's micro-batches and lay its (N,) outputs out as (B, R); `at_once`:
-        two micro-batches at a time, on the threads that they have when policy and critic learn at the same time."""
-        found = [torch.zeros(self.mask.shape, device=self.sequences.device) for _ in range(outputs)]
-
-        def fill(micro_batches: list[Tensor]) -> None:
-            for rows in micro_batches:
-                result = forward(*self.inputs(rows))
-                mask = length_mask(self.response_lengths[rows], self.mask.shape[1])
-                for table, flat in zip(found, result if outputs > 1 else [result], strict=True):
-                    table[rows] = torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat.float())
-
-        micro_batches = [rows for mini_batch in plan for rows in mini_batch]
-        side_by_side([partial(fill, micro_batches[i::2]) for i in range(2)], at_once)
-        return found
+    def per_token(self, forward: Callable[..., Any], plan: Plan, outputs: int = 1) -> list[Tensor]:
+        """Run `forward(ids, predicts)` over a plan's micro-batches and lay its (N,) outputs out as (B, R)."""
+        tables = [torch.zeros(self.mask.shape, device=self.sequences.device) for _ in range(outputs)]
+        for rows in (rows for mini_batch in plan for rows in mini_batch):
+            result = forward(*self.inputs(rows))
+            mask = length_mask(self.response_lengths[rows], self.mask.shape[1])
+            for table, flat in zip(tables, result if outputs > 1 else [result], strict=True):
+                table[rows] = torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat.float())
+        return tables
 
 
-def rollout_of(
-    prompts: list[list[int]],
-    completions: list[list[int]],
-    scores: list[float],
-    end_tokens: list[int],
-    pad_token: int,
-    logprobs: list[Any] | None,
-    device: torch.device,
-) -> Rollout:
-    """Rows that somebody else sampled, as a Rollout: token ids of each, the end token of an answer included."""
+@dataclass
+class GivenRows:
+    """Answers that somebody else sampled and scored, a row each: token ids, the end token of an answer included, and
+    the sampler's log-probabilities of the completions' tokens where they are known."""
 
-    def table(rows: list[Any], pad: float, dtype: torch.dtype) -> Tensor:
-        width = max(map(len, rows))
-        return torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], dtype=dtype, device=device)
+    prompts: list[list[int]]
+    completions: list[list[int]]
+    scores: list[float]
+    logprobs: list[Any] | None
 
-    def vector(values: list[Any]) -> Tensor:
-        return torch.tensor(values, device=device)
+    def rollout(self, end_tokens: list[int], pad_token: int, device: torch.device) -> Rollout:
+        """The rows as a Rollout."""
 
-    rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
-    return Rollout(
-        table(rows, pad_token, torch.long),
-        vector([len(ids) for ids in prompts]),
-        vector([len(ids) for ids in completions]),
-        vector([ids[-1] in end_tokens for ids in completions]),
-        None if logprobs is None else table(logprobs, 0.0, torch.float32),
-        torch.tensor(scores, dtype=torch.float32, device=device),
-    )
+        def table(rows: list[Any], pad: float, dtype: torch.dtype) -> Tensor:
+            return pad_sequence([torch.as_tensor(row, dtype=dtype) for row in rows], True, pad).to(device)
+
+        def vector(values: list[Any]) -> Tensor:
+            return torch.tensor(values, device=device)
+
+        return Rollout(
+            sequences=table(
+                ([*p, *c] for p, c in zip(self.prompts, self.completions, strict=True)), pad_token, torch.long
+            ),
+            prompt_lengths=vector([len(ids) for ids in self.prompts]),
+            response_lengths=vector([len(ids) for ids in self.completions]),
+            ended=vector([ids[-1] in end_tokens for ids in self.completions]),
+            sampler_logprobs=None if self.logprobs is None else table(self.logprobs, 0.0, torch.float32),
+            scores=torch.tensor(self.scores, dtype=torch.float32, device=device),
+        )
+
+    def check(self, expected: int, num_generations: int, context: int | None, vocabulary: int) -> None:
+        """Raise UserError for rows that `PPOTrainer.step` cannot learn from."""
+        named = {"prompts": self.prompts, "completions": self.completions, "scores": self.scores}
+        for name, rows in (named | ({} if self.logprobs is None else {"logprobs": self.logprobs})).items():
+            if len(rows) != expected:
+                raise UserError(f"step: {len(rows)} {name}, but batch_size asks for {expected} on each process")
+        for i in range(expected):
+            if wrong := self._fault(i, context, vocabulary):
+                raise UserError(f"step, row {i}: {wrong}")
+            if self.prompts[i] != self.prompts[i - i % num_generations]:
+                raise UserError(
+                    f"step, row {i}: another prompt than the row before, but num_generations {num_generations} asks "
+                    "for as many answers to each prompt, one after the other"
+                )
+
+    def _fault(self, i: int, context: int | None, vocabulary: int) -> str | None:
+        prompt, completion = self.prompts[i], self.completions[i]
+        if not prompt or not completion:
+            return "the prompt or the completion is empty; give each at least one token"
+        if context is not None and len(prompt) + len(completion) > context:
+            return (
+                f"a prompt of {len(prompt)} tokens and a completion of {len(completion)} do not fit the model's "
+                f"context of {context}; shorten them"
+            )
+        if not 0 <= min(*prompt, *completion) <= max(*prompt, *completion) < vocabulary:
+            return f"a token id lies outside the policy's vocabulary of {vocabulary}"
+        if not math.isfinite(self.scores[i]):
+            return f"the score is {self.scores[i]}; give a finite number"
+        if self.logprobs is None:
+            return None
+        if len(self.logprobs[i]) != len(completion):
+            return f"{len(self.logprobs[i])} logprobs for {len(completion)} tokens of completion; give one each"
+        if not all(math.isfinite(value) for value in self.logprobs[i]):
+            return "a logprob is not a finite number; give those of the tokens as sampled"
+        return None
 
 
 def as_ids(rows: Sequence[Any], tokenizer: Any, end_token: int | None = None) -> list[list[int]]:
@@ -168,50 +210,16 @@ def as_ids(rows: Sequence[Any], tokenizer: Any, end_token: int | None = None) ->
 
     With `end_token` they are answers: text is encoded as it is and ended by that token.
     """
-    found = []
+    ids = []
     for row in rows:
         if isinstance(row, str) or (isinstance(row, list) and row and isinstance(row[0], dict)):
             if end_token is None:
-                found += prompt_ids(tokenizer, [row])
+                ids += prompt_ids(tokenizer, [row])
             else:
-                found.append([*encode(tokenizer, [text_of(row)], add_special_tokens=False)[0], end_token])
+                ids.append([*encode(tokenizer, [text_of(row)], add_special_tokens=False)[0], end_token])
         else:
-            found.append([int(token) for token in row])
-    return found
-
-
-def check_rows(
-    prompts: list[list[int]],
-    completions: list[list[int]],
-    scores: list[float],
-    logprobs: list[Any] | None,
-    expected: int,
-    context: int | None,
-    vocabulary: int,
-) -> None:
-    """Raise UserError for rows that `PPOTrainer.step` cannot learn from."""
-    given = {"prompts": prompts, "completions": completions, "scores": scores}
-    for name, rows in (given | ({"logprobs": logprobs} if logprobs is not None else {})).items():
-        if len(rows) != expected:
-            raise UserError(f"step: {len(rows)} {name}, but batch_size asks for {expected} on each process")
-    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        if not prompt or not completion:
-            raise UserError(f"step, row {i}: the prompt or the completion is empty; give each at least one token")
-        if context is not None and len(prompt) + len(completion) > context:
-            raise UserError(
-                f"step, row {i}: a prompt of {len(prompt)} tokens and a completion of {len(completion)} do not fit the "
-                f"model's context of {context}; shorten them"
-            )
-        if not 0 <= min(*prompt, *completion) <= max(*prompt, *completion) < vocabulary:
-            raise UserError(f"step, row {i}: a token id lies outside the policy's vocabulary of {vocabulary}")
-        if not math.isfinite(scores[i]):
-            raise UserError(f"step, row {i}: the score is {scores[i]}; give a finite number")
-        if logprobs is not None and len(logprobs[i]) != len(completion):
-            raise UserError(
-                f"step, row {i}: {len(logprobs[i])} logprobs for {len(completion)} tokens of completion; give one each"
-            )
-        if logprobs is not None and not all(math.isfinite(value) for value in logprobs[i]):
-            raise UserError(f"step, row {i}: a logprob is not a finite number; give those of the tokens as sampled")
+            ids.append([int(token) for token in row])
+    return ids
 
 
 def plan_epoch(lengths: Tensor, num_mini_batches: int, micro_batch_size: int, generator: torch.Generator) -> Plan:
@@ -238,7 +246,62 @@ def seeded(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(state % 2**63)
 
 
-def decode_completions(samples: Any, prompts: list[Any], tokenizer: Any) -> list[Any]:
-    """Answers without their end token, as text, or as one assistant message where the prompt is a list of messages."""
-    texts = answer_texts(tokenizer, samples.answers())
-    return [answer_to(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+@dataclass
+class Answerer:
+    """Answers prompts with a sampler, at the temperature and length of a run.
+
+    Tokens are those of `processing_class`; `end_tokens` are the ids that end an answer.
+    """
+
+    sampler: Sampler
+    processing_class: PreTrainedTokenizerBase
+    end_tokens: list[int]
+    args: PPOConfig
+    accelerator: Accelerator
+
+    @property
+    def pad_token(self) -> int:
+        """Fills rows up; masks come from lengths, so any id will do."""
+        pad = self.processing_class.pad_token_id
+        return 0 if pad is None else pad
+
+    def answer(self, model: nn.Module, batch: PromptBatch, random: torch.Generator) -> tuple[Samples, list[Any]]:
+        """One answer of `model` to each prompt: token ids; and text, or one assistant message where the prompt is a
+        list of messages, without the end token."""
+        with self.accelerator.autocast():
+            self.sampler.sync(model)
+            samples = self.sampler.generate(
+                batch.ids,
+                max_new_tokens=self.args.response_length,
+                temperature=self.args.temperature,
+                eos_token_id=self.end_tokens,
+                pad_token_id=self.pad_token,
+                generator=random,
+            )
+        texts = answer_texts(self.processing_class, samples.answers())
+        return samples, [answer_to(prompt, text) for prompt, text in zip(batch.prompts, texts, strict=True)]
+
+
+class PretrainingText:
+    """Texts as token ids, each after a document's end as in pretraining, cut at `max_length` tokens.
+
+    `rows` are texts, or rows with a column `text`. Raises UserError for none, or another column.
+    """
+
+    def __init__(self, rows: Sequence[Any], tokenizer: Any, max_length: int) -> None:
+        if rows is None or len(rows) == 0:
+            raise UserError("ptx_coef is set but ptx_dataset is missing or has no rows; give it pretraining text")
+        if not isinstance(rows[0], str) and "text" not in rows[0]:
+            raise UserError(f"ptx_dataset has no column 'text' but {', '.join(map(repr, rows[0]))}; rename the column")
+        texts = [row if isinstance(row, str) else row["text"] for row in rows]
+        begin = document_end(tokenizer)
+        self.ids = [[begin, *ids[:max_length]] for ids in encode(tokenizer, texts, add_special_tokens=False) if ids]
+        if not self.ids:
+            raise UserError("ptx_dataset has nothing but empty texts; give it pretraining text")
+
+    def draw(self, count: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+        """ids (count, t) long padded on the right, and predicting places (count, t) bool, of texts drawn at random."""
+        rows = [self.ids[i] for i in torch.randint(len(self.ids), (count,), generator=generator).tolist()]
+        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        return ids, length_mask(lengths - 1, ids.shape[1])

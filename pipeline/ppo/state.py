@@ -1,4 +1,4 @@
-"""The whole state of a PPO run in a checkpoint folder: two models, two optimizers, counters, random numbers.
+"""The state of a PPO run, and its checkpoints: the networks, the optimizers and a RunState.
 
 The order of prompts, the mini-batches and the sampled tokens are drawn from generators seeded by (seed, update,
 process), so the number of updates done says where the data stands and no generator has to be kept for them. Python's,
@@ -6,9 +6,9 @@ NumPy's and torch's global generators are kept all the same, for rewards that dr
 """
 
 import random
-from dataclasses import fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,26 +16,12 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
-from pipeline.checkpoint import latest_checkpoint, save_checkpoint
+from pipeline.checkpoint import save_checkpoint
 from pipeline.errors import UserError
-from pipeline.model.lora import is_lora, save_whole, trained_weights
+from pipeline.model.lora import is_lora, trained_weights
 from pipeline.ppo.config import PPOConfig
+from pipeline.ppo.learner import Learner
 
-if TYPE_CHECKING:
-    from pipeline.ppo.trainer import PPOTrainer
-
-COUNTERS = (
-    "updates_done",
-    "evaluated",
-    "tokens",
-    "seconds",
-    "metrics",
-    "kl_coef",
-    "best",
-    "baseline",
-    "watched",
-    "score_moments",
-)
 # What may change between the parts of one run; of anything else, its result would be of neither.
 FREE = (
     "output_dir",
@@ -47,100 +33,96 @@ FREE = (
 )
 
 
-def save_state(trainer: "PPOTrainer") -> None:
+@dataclass
+class RunState:
+    """All that changes while a run goes on, but for the weights and the optimizers."""
+
+    kl_coef: float
+    """β, which adaptive_kl_target moves."""
+    updates_done: int = 0
+    updating: bool = False
+    """An update has begun to change weights and is not counted yet."""
+    evaluated: int | None = None
+    """Updates done at the last held-out evaluation."""
+    tokens: int = 0
+    """Tokens of all answers so far."""
+    seconds: float = 0.0
+    """Seconds of all updates so far."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the last update."""
+    best: dict[str, Any] | None = None
+    """Figure and step of the best held-out evaluation."""
+    baseline: list[float] | None = None
+    """Held-out scores of the first reference's answers, which the win rate compares with."""
+    watched: dict[str, Any] = field(default_factory=dict)
+    """What watch.py has seen and said."""
+    score_moments: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    """Count, mean and Σ(x − mean)² of all scores so far, for normalize_scores."""
+
+
+def networks_of(learner: Learner) -> dict[str, nn.Module]:
+    """What a checkpoint keeps of the networks: those that change."""
+    models = learner.models
+    networks = {"policy": models.policy, "critic": models.critic}
+    if learner.args.ref_sync_updates:
+        networks["reference"] = models.reference
+    return {name: model for name, model in networks.items() if model is not None}
+
+
+def save_state(checkpoints: Path, learner: Learner, state: RunState, identity: dict[str, Any]) -> None:
     """Write `checkpoints/step-<updates>`; complete or absent, by one process."""
     random_states = gather_object([_random_state()])
 
     def write(folder: Path) -> None:
-        _save_weights(trainer.policy, folder / "policy.safetensors")
-        _save_weights(trainer.critic, folder / "critic.safetensors")
-        if trainer.args.ref_sync_updates:
-            save_model(trainer.reference_forward.model, str(folder / "reference.safetensors"))
-        state = {
-            "policy_optimizer": trainer.policy_optimizer.state_dict(),
-            "critic_optimizer": None if trainer.args.share_trunk else trainer.critic_optimizer.state_dict(),
-            "counters": {name: getattr(trainer, name) for name in COUNTERS},
-            "average": trainer.average.values if trainer.average else None,
-            "identity": _identity(trainer),
+        for name, model in networks_of(learner).items():
+            _save_weights(model, folder / f"{name}.safetensors")
+        content = {
+            "state": asdict(state),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in learner.optimizers.items()},
+            "identity": identity,
             "random": random_states,
         }
-        torch.save(_plain(state), folder / "state.pt")
+        torch.save(_plain(content), folder / "state.pt")
 
-    if trainer.is_main:
-        save_checkpoint(trainer.checkpoints, trainer.updates_done, write)
-    trainer.accelerator.wait_for_everyone()
+    if learner.accelerator.is_main_process:
+        save_checkpoint(checkpoints, state.updates_done, write)
+    learner.accelerator.wait_for_everyone()
 
 
-def load_state(trainer: "PPOTrainer", folder: Path) -> None:
-    """Put a trainer that has just been built back to where `save_state` left it; UserError if it is of another run."""
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    now = _identity(trainer)
-    for name, then in state["identity"].items():
+def load_state(folder: Path, learner: Learner, identity: dict[str, Any]) -> RunState:
+    """Put a learner that has just been built back to where `save_state` left it; UserError if it is of another run."""
+    content = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    if "state" not in content:
+        raise UserError(
+            f"checkpoint {folder} was written by another version of this project; choose another output_dir"
+        )
+    now = _plain(identity)
+    for name, then in content["identity"].items():
         if name in now and now[name] != then:
             raise UserError(
                 f"checkpoint {folder} was written with {name} {then}, now it is {now[name]}; "
                 "set it back, or remove the checkpoints to start anew"
             )
     try:
-        _load_weights(trainer.policy, folder / "policy.safetensors")
-        _load_weights(trainer.critic, folder / "critic.safetensors")
+        for name, model in networks_of(learner).items():
+            _load_weights(model, folder / f"{name}.safetensors")
     except (RuntimeError, KeyError) as error:
         raise UserError(
             f"checkpoint {folder} is of other models: {' '.join(str(error).split())[:200]}; give the models that the "
             "run began with, or remove the checkpoints to start anew"
         ) from None
-    trainer.policy_optimizer.load_state_dict(state["policy_optimizer"])
-    if not trainer.args.share_trunk:
-        trainer.critic_optimizer.load_state_dict(state["critic_optimizer"])
-    if trainer.args.ref_sync_updates:
-        load_model(trainer.reference_forward.model, str(folder / "reference.safetensors"))
-    if trainer.average:
-        trainer.average.load(state["average"])
-    for name, value in state["counters"].items():
-        setattr(trainer, name, value)
-    _set_random_state(state["random"][trainer.rank])
+    for name, optimizer in learner.optimizers.items():
+        optimizer.load_state_dict(content["optimizers"][name])
+    _set_random_state(content["random"][learner.rank])
+    return RunState(**content["state"])
 
 
-def check_start(trainer: "PPOTrainer") -> None:
-    """Raise UserError for a trainer that must take no update: half of one is in it, or another run's checkpoints are
-    where its own would go."""
-    if trainer.half_done:
-        raise UserError(
-            f"update {trainer.updates_done + 1} was broken off half way; build models and trainer anew: `train` goes "
-            "on from the last checkpoint"
-        )
-    new = trainer.updates_done == 0 and not trainer.resumed
-    if new and latest_checkpoint(trainer.checkpoints, lambda sentence: None):
-        raise UserError(
-            f"{trainer.checkpoints} has checkpoints of a run; call `resume` to go on from them, or choose another "
-            "output_dir"
-        )
-
-
-def save_models(trainer: "PPOTrainer", folder: Path) -> None:
-    """What PPOTrainer.save_model says, by one process."""
-    models = {folder: trainer.policy}
-    if not trainer.args.share_trunk:
-        models[folder / "critic"] = trainer.critic
-    if trainer.is_main:
-        for place, model in models.items():
-            save_whole(model, place)
-            trainer.tokenizer.save_pretrained(place)
-        if trainer.args.share_trunk:
-            save_file(dict(trainer.critic.state_dict()), folder / "value_head.safetensors")
-        if trainer.average:
-            with trainer.average.inside(trainer.policy):
-                save_whole(trainer.policy, folder / "ema")
-            trainer.tokenizer.save_pretrained(folder / "ema")
-    trainer.accelerator.wait_for_everyone()
-
-
-def _identity(trainer: "PPOTrainer") -> dict[str, Any]:
-    fixed = {f.name: getattr(trainer.args, f.name) for f in fields(PPOConfig) if f.name not in FREE}
-    held_out = len(trainer.eval_prompts) if trainer.eval_prompts is not None else 0
-    lora = {"lora": _lora_of(trainer.policy), "critic's lora": _lora_of(trainer.critic)}
-    counts = {"processes": trainer.world, "prompts": len(trainer.prompts), "held-out prompts": held_out}
-    return _plain({**fixed, **lora, **counts})
+def identity_of(learner: Learner, prompts: int, held_out: int) -> dict[str, Any]:
+    """What must be equal in all parts of a run: settings, LoRA's shape, processes, numbers of prompts."""
+    fixed = {f.name: getattr(learner.args, f.name) for f in fields(PPOConfig) if f.name not in FREE}
+    models = {"lora": learner.models.policy, "critic's lora": learner.models.critic}
+    lora = {name: None if model is None else _lora_of(model) for name, model in models.items()}
+    return {**fixed, **lora, "processes": learner.world, "prompts": prompts, "held-out prompts": held_out}
 
 
 def _plain(value: Any) -> Any:

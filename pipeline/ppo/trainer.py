@@ -1,83 +1,71 @@
 """Proximal policy optimisation (arXiv 1707.06347) of a language model against rewards, under a KL penalty.
 
-    trainer = PPOTrainer(policy, reference, rewards, critic, PPOConfig(...), train_dataset, processing_class=tokenizer)
+    trainer = PPOTrainer(policy, rewards, PPOConfig(...), train_dataset, tokenizer, critic=critic)
     trainer.train()
     trainer.save_model("runs/ppo")
 
-`train` reads from top to bottom: sample answers and score them, turn scores into advantages, take optimizer steps; with
-`step` the answers and scores are the caller's. The last two are learner.py. What is computed stands in algorithm.py,
-what is looked at in rollout.py and forward.py, options with a state of their own in extras.py; evaluation.py looks at
-held-out prompts, watch.py warns, state.py keeps.
+`train` reads from top to bottom: sample answers, score them, turn scores into advantages, take optimizer steps; with
+`step` the answers and scores are the caller's. Advantages and steps are learner.py's, the mathematics algorithm.py's,
+the networks models.py's and forward.py's; evaluation.py looks at held-out prompts, watch.py warns, state.py keeps.
 """
 
-import contextlib
-import copy
-import math
-import time
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from pipeline.checkpoint import latest_checkpoint
+from pipeline.checkpoint import latest_checkpoint, write_json
 from pipeline.errors import UserError
 from pipeline.model.hardware import keep_freed_memory
-from pipeline.model.lora import is_lora, without_wrapper
-from pipeline.model.sampler import Samples, generate
+from pipeline.model.lora import save_whole, without_wrapper
+from pipeline.model.sampler import OwnSampler, Sampler
 from pipeline.ppo import algorithm as A
-from pipeline.ppo.config import PPOConfig
-from pipeline.ppo.evaluation import evaluate, keep_best
-from pipeline.ppo.extras import Average, PretrainingText
-from pipeline.ppo.forward import ReferenceLogprobs, TokenLogprobs, TokenLogprobsAndValues, TokenValues, value_head
+from pipeline.ppo.config import PPOConfig, check_config
+from pipeline.ppo.evaluation import Evaluator
 from pipeline.ppo.learner import Learner
+from pipeline.ppo.models import build_models, check_models, end_tokens_of
+from pipeline.ppo.recorder import Prints, Recorder
 from pipeline.ppo.rollout import (
+    SAMPLING,
+    Answerer,
+    GivenRows,
+    PretrainingText,
     PromptBatch,
     Prompts,
     Rollout,
     as_ids,
-    check_rows,
-    decode_completions,
-    rollout_of,
     seeded,
 )
-from pipeline.ppo.setup import (
-    build_accelerator,
-    build_optimizer,
-    check_config,
-    check_models,
-    combine_rewards,
-    end_tokens_of,
-)
-from pipeline.ppo.state import check_start, load_state, save_models, save_state
+from pipeline.ppo.state import RunState, identity_of, load_state, save_state
 from pipeline.ppo.watch import watch_evaluation, watch_update
-from pipeline.rewards import RewardFunction, add_to_moments, scale_scores
+from pipeline.rewards import RewardFunction, combined
 
 Callback = Callable[["PPOTrainer", dict[str, float]], None]
-# First number of the seed, so that no two uses draw the same; others have 1 (rollout.py), 3, 5 (learner.py) and 4
-# (evaluation.py).
-SAMPLING = 2
 
 
-class PPOTrainer(Learner):
-    """PPO with a policy, a frozen reference, rewards and a critic of its own network.
+class PPOTrainer:
+    """PPO with a policy, a frozen reference, rewards and, for `gae`, a critic of its own network.
 
     policy            causal language model of transformers or of model/gpt.py, or one with LoRA (a PeftModel); trained
                       in place
-    reference         model of the same vocabulary, frozen here; None: a copy of the policy as it is now, or the policy
-                      with its adapter switched off
     rewards           `f(prompts, completions, **columns) -> list[float]`, or several, which are added up
-    critic            sequence classifier with one label; trained in place; None with `args.share_trunk`
     args              PPOConfig
     train_dataset     rows with `prompt` (text or messages); other columns go to the rewards
-    eval_dataset      held-out rows of the same kind, looked at every `args.eval_steps` updates
     processing_class  the policy's tokenizer
-    stage             pipeline.runtime.record.Stage for logging, progress and the resume point; None: plain prints
+    critic            sequence classifier with one label; trained in place; None with `share_trunk` or `rloo`
+    reference         model of the same vocabulary, frozen here; None: a copy of the policy as it is now, or the policy
+                      with its adapter switched off
+    sampler           what answers prompts (model/sampler.py: Sampler); None: our own
     gold              function like a reward that is only looked at, on eval_dataset
-    callbacks         each is called as `callback(trainer, metrics)` after every update
+    eval_dataset      held-out rows like train_dataset's, looked at every `args.eval_steps` updates
     ptx_dataset       texts, or rows with `text`: the pretraining text of `args.ptx_coef`
+    callbacks         each is called as `callback(trainer, metrics)` after every update
+    recorder          where it writes (recorder.py): a stage of the pipeline; None: plain prints
 
     Raises UserError before any work where arguments, models and data do not fit together.
     """
@@ -85,93 +73,40 @@ class PPOTrainer(Learner):
     def __init__(
         self,
         policy: nn.Module,
-        reference: nn.Module | None,
         rewards: RewardFunction | Sequence[RewardFunction],
-        critic: nn.Module | None,
         args: PPOConfig,
         train_dataset: Any,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        stage: Any = None,
+        processing_class: PreTrainedTokenizerBase,
+        *,
+        critic: nn.Module | None = None,
+        reference: nn.Module | None = None,
+        sampler: Sampler | None = None,
         gold: RewardFunction | None = None,
-        callbacks: Sequence[Callback] | None = None,
+        eval_dataset: Any = None,
         ptx_dataset: Any = None,
+        callbacks: Sequence[Callback] = (),
+        recorder: Recorder | None = None,
     ) -> None:
-        self.args, self.stage, self.gold, self.callbacks = args, stage, gold, list(callbacks or ())
-        self.accelerator: Accelerator = stage.accelerator if stage else build_accelerator(args)
-        self.device, self.world = self.accelerator.device, self.accelerator.num_processes
-        self.rank, self.is_main = self.accelerator.process_index, self.accelerator.is_main_process
-        self.reduce: A.Reduce | None = None if self.world == 1 else lambda t: self.accelerator.reduce(t, "sum")
-        check_config(args, self.world, processing_class)
-        if self.device.type == "cpu":
-            keep_freed_memory()
-
-        self.tokenizer = processing_class
-        self.end_tokens, warning = end_tokens_of(policy, processing_class)
+        self.args, self.processing_class, self.callbacks = args, processing_class, list(callbacks)
+        self.recorder = recorder or Prints(args)
+        accelerator = self.accelerator = self.recorder.accelerator
+        check_config(args, accelerator.num_processes)
+        end_tokens, warning = end_tokens_of(policy, processing_class)
         if warning:
-            self.say(f"warning: {warning}")
-        self.pad_token = processing_class.pad_token_id if processing_class.pad_token_id is not None else 0
-        if (critic is None) != args.share_trunk:
-            raise UserError("pass a critic, or set share_trunk for a head on the policy's own trunk: one of the two")
-        self.context = context = check_models(args, policy, reference, critic, processing_class)
-        self.prompts = Prompts(train_dataset, self.tokenizer, args.response_length, context, "train_dataset")
-        self.eval_prompts = None
-        if eval_dataset is not None:
-            self.eval_prompts = Prompts(eval_dataset, self.tokenizer, args.response_length, context, "eval_dataset")
-        self.rewards = combine_rewards(rewards)
-        if args.eval_steps and eval_dataset is None:
-            raise UserError("eval_steps is set but eval_dataset is missing; give held-out prompts, or set it to 0")
-        if args.best_metric == "gold" and args.eval_steps and gold is None:
-            raise UserError("best_metric is gold but there is no gold judge; give one, or choose another figure")
-        self.ptx = None
-        if args.ptx_coef:
-            longest = args.ptx_max_length if context is None else min(args.ptx_max_length, context - 1)
-            self.ptx = PretrainingText(ptx_dataset, self.tokenizer, longest)
-
-        self.policy = policy.to(self.device)
-        self.critic = (critic if critic is not None else value_head(policy)).to(self.device)
-        if reference is not None and reference is not policy:
-            self.reference_forward = TokenLogprobs(reference.to(self.device).requires_grad_(False), args.temperature)
-        elif is_lora(policy):
-            self.reference_forward = ReferenceLogprobs(self.policy, args.temperature)
-        else:
-            self.reference_forward = TokenLogprobs(copy.deepcopy(policy).requires_grad_(False), args.temperature)
-        actor = self.policy, args.learning_rate
-        judge = self.critic, args.learning_rate if args.critic_learning_rate is None else args.critic_learning_rate
-        # Without gradients the modules `_forward` run as they are; training goes through DistributedDataParallel.
-        if args.share_trunk:
-            common = TokenLogprobsAndValues(self.policy, self.critic, args.temperature, args.gradient_checkpointing)
-            self.policy_forward = self.critic_forward = common
-            self.policy_train, self.policy_optimizer = self.accelerator.prepare(
-                common, build_optimizer(args, actor, judge)
-            )
-            self.critic_train, self.critic_optimizer = self.policy_train, self.policy_optimizer
-        else:
-            self.policy_forward = TokenLogprobs(self.policy, args.temperature, args.gradient_checkpointing)
-            self.critic_forward = TokenValues(self.critic, args.gradient_checkpointing)
-            self.policy_train, self.policy_optimizer = self.accelerator.prepare(
-                self.policy_forward, build_optimizer(args, actor)
-            )
-            self.critic_train, self.critic_optimizer = self.accelerator.prepare(
-                self.critic_forward, build_optimizer(args, judge)
-            )
-
-        # Two networks with no weight in common, and no collectives, which need one order on all processes
-        common = {id(p) for p in self.policy.parameters()} & {id(p) for p in self.critic.parameters()}
-        self.at_once = self.device.type == "cpu" and self.world == 1 and not args.share_trunk and not common
-
-        self.total_updates = math.ceil(args.total_episodes / args.batch_size)
-        self.updates_done, self.tokens, self.seconds = 0, 0, 0.0
-        self.evaluated: int | None = None  # updates done at the last held-out evaluation
-        self.half_done = False  # an update has begun to change weights and is not counted yet
+            self.recorder.say(f"warning: {warning}")
+        self.context = check_models(policy, reference, critic, args, processing_class)
+        self.prompts = self._prompts(train_dataset, "train_dataset")
+        self.rewards = combined(rewards)
+        self.answerer = Answerer(sampler or OwnSampler(), processing_class, end_tokens, args, accelerator)
+        ptx = self._pretraining_text(ptx_dataset) if args.ptx_coef else None
+        held_out = self._held_out(eval_dataset, gold)
+        if accelerator.device.type == "cpu":
+            keep_freed_memory()
+        self.models = build_models(policy, reference, critic, args, accelerator.device)
+        self.learner = Learner(self.models, args, accelerator, ptx)
+        self.evaluator = held_out and Evaluator(held_out, self.answerer, self.rewards, gold, self.learner)
+        self.state = RunState(args.kl_coef)
         self.resumed = False
-        self.metrics: dict[str, float] = {}  # of the last update
-        self.kl_coef = args.kl_coef  # β, which adaptive_kl_target moves
-        self.average = Average(self.policy, args.ema_decay) if args.ema_decay is not None else None
-        self.best: dict[str, Any] | None = None  # figure and step of the best held-out evaluation
-        self.baseline: list[float] | None = None  # verdicts on the reference's held-out answers
-        self.watched: dict[str, Any] = {}
-        self.score_moments = [0.0, 0.0, 0.0]  # of all scores so far, for normalize_scores
 
     # --- the story ----------------------------------------------------------------------------------------------------
 
@@ -179,10 +114,11 @@ class PPOTrainer(Learner):
         """Run the updates that are left, from the newest checkpoint if there is one; returns the final metrics."""
         self.resume()
         self._begin()
-        with self._progress() as advance:
-            for update in range(self.updates_done, self.total_updates):
-                start = time.perf_counter()
-                metrics = self.learn(*self.sample(update), start)
+        with self.recorder.progress(self.args.total_updates, "ppo", done=self.state.updates_done) as advance:
+            while self.state.updates_done < self.args.total_updates:
+                start = self.learner.clock()
+                rollout, metrics = self.sample(self.state.updates_done)
+                metrics = self.learn(rollout, metrics, start)
                 advance(1, f"{metrics['episodes_per_s']:.1f} episodes/s")
         return self.final_metrics()
 
@@ -202,197 +138,234 @@ class PPOTrainer(Learner):
         course ends at `args.total_episodes`. To go on from a checkpoint, call `resume` before the loop.
         Raises UserError for rows that do not fit, and after the last update.
         """
-        if self.updates_done >= self.total_updates:
-            raise UserError(f"step: all {self.total_updates} updates of total_episodes are done; raise total_episodes")
-        if self.args.sampler_weight_cap is not None and logprobs is None:
+        args, answerer = self.args, self.answerer
+        if self.state.updates_done >= args.total_updates:
+            raise UserError(f"step: all {args.total_updates} updates of total_episodes are done; raise total_episodes")
+        if args.sampler_weight_cap is not None and logprobs is None:
             raise UserError("step: sampler_weight_cap is set; pass the sampler's logprobs, or set it to none")
-        asked, said = as_ids(prompts, self.tokenizer), as_ids(completions, self.tokenizer, self.end_tokens[0])
-        scores = [float(score) for score in scores]
-        vocabulary = without_wrapper(self.policy).get_input_embeddings().num_embeddings
-        check_rows(asked, said, scores, logprobs, self.args.batch_size // self.world, self.context, vocabulary)
+        rows = GivenRows(
+            prompts=as_ids(prompts, self.processing_class),
+            completions=as_ids(completions, self.processing_class, answerer.end_tokens[0]),
+            scores=[float(score) for score in scores],
+            logprobs=None if logprobs is None else list(logprobs),
+        )
+        vocabulary = without_wrapper(self.models.policy).get_input_embeddings().num_embeddings
+        group = args.num_generations if args.advantage_estimator == "rloo" else 1
+        rows.check(args.batch_size // self.accelerator.num_processes, group, self.context, vocabulary)
         self._begin()
-        start = time.perf_counter()
-        rollout = rollout_of(asked, said, scores, self.end_tokens, self.pad_token, logprobs, self.device)
+        start = self.learner.clock()
+        rollout = rows.rollout(answerer.end_tokens, answerer.pad_token, self.accelerator.device)
         rollout.scores, metrics = self.shape_scores(rollout.scores, rollout.ended)
         return self.learn(rollout, metrics | {"time/sample": 0.0, "time/score": 0.0}, start)
 
-    def _begin(self) -> None:
-        """What stands before updates: nothing half done, no other run's checkpoints, an evaluation that is due."""
-        check_start(self)
-        if self.stage:
-            self.stage.begin()
-        self.evaluate_if_due()
+    def sample(self, update: int) -> tuple[Rollout, dict[str, float]]:
+        """Answer this process's share of the update's prompts and score the answers."""
+        args, clock, rank = self.args, self.learner.clock, self.accelerator.process_index
+        start = clock()
+        count = args.batch_size // args.num_generations
+        indices = self.prompts.order(update * count, count, args.seed)[rank :: self.accelerator.num_processes]
+        batch = self.prompts.take([i for i in indices for _ in range(args.num_generations)])
+        samples, completions = self.answerer.answer(
+            self.models.policy, batch, seeded(args.seed, SAMPLING, update, rank)
+        )
+        sampled = clock()
+        scores, metrics = self.shape_scores(self.score(batch, completions), samples.ended)
+        return Rollout.of(samples, scores), metrics | {"time/sample": sampled - start, "time/score": clock() - sampled}
 
     def learn(self, rollout: Rollout, metrics: dict[str, float], start: float) -> dict[str, float]:
         """One update from scored answers, and what follows it; `metrics` are those of sampling, begun at `start`."""
-        update = self.updates_done
-        self.set_learning_rates(update)
-        judged = self.score(rollout, update)
-        metrics |= judged | {"time/score": metrics["time/score"] + judged["time/score"]}
-        self.half_done = True
-        metrics |= self.optimise(rollout, update)
-        self._follow(metrics, update)
-        self.updates_done, self.half_done = update + 1, False
-        self._account(metrics, rollout, time.perf_counter() - start)
+        state, learner = self.state, self.learner
+        update, scored = state.updates_done, learner.clock()
+        rates = learner.set_learning_rates(update)
+        estimated = learner.estimate(rollout, update, state.kl_coef)
+        metrics |= estimated | {"time/score": metrics["time/score"] + learner.clock() - scored}
+        state.updating = True
+        metrics |= learner.update(rollout, update) | rates
+        self._adapt_kl_coef(metrics, update)
+        state.updates_done, state.updating = update + 1, False
+        self._account(metrics, learner.clock() - start)
         for callback in self.callbacks:
             callback(self, metrics)
         self.evaluate_if_due()
-        self._save_if_due()
+        if self.args.save_steps and state.updates_done % self.args.save_steps == 0:
+            self.save_state()
         return metrics
-
-    def sample(self, update: int) -> tuple[Rollout, dict[str, float]]:
-        """Answer this process's share of the update's prompts and score the answers."""
-        args, start = self.args, self._clock()
-        count = args.batch_size // args.num_generations
-        indices = self.prompts.order(update * count, count, args.seed)
-        batch = self.prompts.take([i for i in indices[self.rank :: self.world] for _ in range(args.num_generations)])
-        samples = self.generate(batch, seeded(args.seed, SAMPLING, update, self.rank))
-        sampled = self._clock()
-        completions = decode_completions(samples, batch.prompts, self.tokenizer)
-        scores, metrics = self.shape_scores(self.judge(batch, completions), samples.ended)
-        rollout = Rollout(
-            samples.sequences, samples.prompt_lengths, samples.response_lengths, samples.ended, samples.logprobs, scores
-        )
-        return rollout, metrics | {"time/sample": sampled - start, "time/score": self._clock() - sampled}
 
     # --- its parts ----------------------------------------------------------------------------------------------------
 
-    def judge(self, batch: PromptBatch, completions: list[Any]) -> Tensor:
+    def score(self, batch: PromptBatch, completions: list[Any]) -> Tensor:
         """The rewards' scores; if one fails, on any process, the state is saved and every process stops."""
         failure, scores = None, [0.0]
         try:
             scores = self.rewards(batch.prompts, completions, **batch.columns)
         except UserError as error:
             failure = error
-        failed = torch.tensor(float(failure is not None), device=self.device)
-        if self.reduce(failed) if self.reduce else failed:
-            save_state(self)
-            where = f"after update {self.updates_done} is kept in {self.checkpoints}"
+        if self.learner.reduce(torch.tensor(float(failure is not None), device=self.accelerator.device)):
+            self.save_state()
+            where = f"after update {self.state.updates_done} is kept in {self.recorder.checkpoints}"
             raise UserError(f"{failure or 'a reward failed on another process'}; the state {where}") from failure
-        return torch.tensor(scores, device=self.device)
+        return torch.tensor(scores, device=self.accelerator.device)
 
     def shape_scores(self, scores: Tensor, ended: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Scores as an update takes them: normalised, clipped, less the penalty for no end token.
 
         Also the mean of what came in, for the log, where normalising or clipping hides it.
         """
-        args, metrics = self.args, {}
+        args, state, reduce, metrics = self.args, self.state, self.learner.reduce, dict[str, float]()
         if args.normalize_scores or args.score_clip is not None:
-            one = torch.ones_like(scores, dtype=torch.bool)
-            metrics["objective/scores_raw"] = A.masked_mean(scores, one, self.reduce).item()
+            everywhere = torch.ones_like(scores, dtype=torch.bool)
+            metrics["objective/scores_raw"] = A.masked_mean(scores, everywhere, reduce).item()
         if args.normalize_scores:
-            self.score_moments = add_to_moments(self.score_moments, scores, self.reduce)
-        scores = scale_scores(scores, self.score_moments if args.normalize_scores else None, args.score_clip)
+            state.score_moments = A.add_to_moments(state.score_moments, scores, reduce)
+        scores = A.scale_scores(scores, state.score_moments if args.normalize_scores else None, args.score_clip)
         return scores - args.missing_eos_penalty * (~ended), metrics
 
-    def generate(self, batch: PromptBatch, random: torch.Generator, model: nn.Module | None = None) -> Samples:
-        """Sample one answer a prompt at `args.temperature`, of the policy or of another model."""
-        with self.accelerator.autocast():
-            return generate(
-                model or self.policy,
-                batch.ids,
-                max_new_tokens=self.args.response_length,
-                temperature=self.args.temperature,
-                eos_token_id=self.end_tokens,
-                pad_token_id=self.pad_token,
-                generator=random,
+    def _adapt_kl_coef(self, metrics: dict[str, float], update: int) -> None:
+        """Steer β to `adaptive_kl_target`."""
+        args = self.args
+        # Where policy and reference are still equal, or again, the KL is 0 and says nothing about β
+        equal = update <= args.critic_warmup_updates or self.learner.renews_reference(update)
+        if args.adaptive_kl_target is not None and not equal:
+            target, horizon = args.adaptive_kl_target, args.adaptive_kl_horizon
+            self.state.kl_coef = A.adapted_kl_coef(
+                self.state.kl_coef, metrics["objective/kl"], target, horizon, args.batch_size
             )
 
-    # --- what is seen -------------------------------------------------------------------------------------------------
-
-    def _account(self, metrics: dict[str, float], rollout: Rollout, seconds: float) -> None:
-        """Count what an update did and log it."""
-        self.metrics = metrics
-        self.tokens += round(metrics["response/length"] * self.args.batch_size)
-        self.seconds += seconds
-        metrics["lr"] = self.policy_optimizer.param_groups[0]["lr"]
-        metrics["critic/lr"] = self.critic_optimizer.param_groups[-1]["lr"]
-        metrics["episodes_per_s"] = self.args.batch_size / seconds
-        metrics["seconds_left"] = (self.total_updates - self.updates_done) * self.seconds / self.updates_done
-        due = self.updates_done % self.args.logging_steps == 0 or self.updates_done == self.total_updates
-        self._log_with(watch_update(self.watched, metrics, self.args.batch_size), metrics, due)
-
-    def _log_with(self, warnings: list[str], metrics: dict[str, Any], due: bool = True) -> None:
-        """Log metrics that are due, or that there is a warning about; it stands in their line, and on the screen."""
-        if due or warnings:
-            self.log(metrics | ({"warning": " ".join(warnings)} if warnings else {}))
-        for sentence in warnings:
-            self.say(f"warning: {sentence}")
-
-    def say(self, sentence: str) -> None:
-        """A sentence on the screen, by one process."""
-        if self.stage:
-            self.stage.say(sentence)
-        elif self.is_main:
-            print(sentence, flush=True)
-
-    def log(self, metrics: dict[str, Any]) -> None:
-        """One line of metrics under the number of updates and episodes so far."""
-        row = {"step": self.updates_done, "episode": self.updates_done * self.args.batch_size}
-        row |= {name: round(value, 8) if isinstance(value, float) else value for name, value in metrics.items()}
-        if self.stage:
-            self.stage.log(row)
-        elif self.is_main:
-            numbers = {name: value for name, value in row.items() if not isinstance(value, str)}
-            print("  ".join(f"{name} {value:.4g}" for name, value in numbers.items()), flush=True)
-
-    def final_metrics(self) -> dict[str, float]:
-        """What a stage records: episodes and their speed over the whole run, KL and scores of the last update."""
-        episodes = self.updates_done * self.args.batch_size
-        last = {name: self.metrics[f"objective/{name}"] for name in ("kl", "scores")}
-        return {"episodes": episodes, "episodes_per_s": episodes / max(self.seconds, 1e-9), **last}
-
-    def evaluate_if_due(self) -> None:
-        """Log an evaluation before the first update, every `eval_steps` updates and after the last, each once."""
-        due = self.args.eval_steps and (
-            self.updates_done % self.args.eval_steps == 0 or self.updates_done == self.total_updates
-        )
-        if due and self.evaluated != self.updates_done:
-            try:
-                metrics = self.evaluate()
-            except UserError:  # a reward or judge that failed; with more processes not all of them are here
-                if self.world == 1:
-                    save_state(self)
-                raise
-            self._log_with(watch_evaluation(self.watched, metrics), metrics)
-            keep_best(self, metrics)
-            self.evaluated = self.updates_done
+    # --- evaluation ---------------------------------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, float]:
         """Figures of the policy on the held-out prompts, with the same random numbers each time (evaluation.py)."""
-        return evaluate(self)
+        if self.evaluator is None:
+            raise UserError("evaluate: there are no held-out prompts; pass eval_dataset")
+        evaluation = self.evaluator.evaluate(self.state)
+        self.state.baseline = evaluation.baseline
+        return evaluation.metrics
 
-    def _progress(self) -> Any:
-        if self.stage:
-            return self.stage.progress(self.total_updates, "ppo", done=self.updates_done)
-        return contextlib.nullcontext(lambda n=1, text="": None)
+    def evaluate_if_due(self) -> None:
+        """Log an evaluation before the first update, every `eval_steps` updates and after the last, each once."""
+        done, every = self.state.updates_done, self.args.eval_steps
+        due = every and (done % every == 0 or done == self.args.total_updates)
+        if not due or self.state.evaluated == done:
+            return
+        try:
+            metrics = self.evaluate()
+        except UserError:  # a reward or gold judge that failed; with more processes not all of them are here
+            if self.accelerator.num_processes == 1:
+                self.save_state()
+            raise
+        self._log(watch_evaluation(self.state.watched, metrics), metrics)
+        self._keep_best(metrics)
+        self.state.evaluated = done
+
+    def _keep_best(self, metrics: dict[str, float]) -> None:
+        """Write the policy to `<output_dir>/best` if it has the highest `best_metric` of the run so far."""
+        name, best = f"eval/{self.args.best_metric}", self.state.best
+        if self.args.best_metric == "none" or (best is not None and metrics[name] <= best["value"]):
+            return
+        self.state.best = {"metric": name, "value": metrics[name], "step": self.state.updates_done}
+        folder = Path(self.args.output_dir) / "best"
+        beside = folder.with_name("best.partial")
+        self.save_model(beside)
+        if self.accelerator.is_main_process:
+            write_json(beside / "best.json", self.state.best | {"metrics": metrics})
+            shutil.rmtree(folder, ignore_errors=True)
+            beside.rename(folder)
+        self.accelerator.wait_for_everyone()
+
+    # --- what is seen -------------------------------------------------------------------------------------------------
+
+    def _account(self, metrics: dict[str, float], seconds: float) -> None:
+        """Count what an update did and log it."""
+        state, total = self.state, self.args.total_updates
+        state.metrics = metrics
+        state.tokens += round(metrics["response/length"] * self.args.batch_size)
+        state.seconds += seconds
+        metrics["episodes_per_s"] = self.args.batch_size / seconds
+        metrics["seconds_left"] = (total - state.updates_done) * state.seconds / state.updates_done
+        due = state.updates_done % self.args.logging_steps == 0 or state.updates_done == total
+        self._log(watch_update(state.watched, metrics, self.args.batch_size), metrics, due)
+
+    def _log(self, warnings: list[str], metrics: dict[str, Any], due: bool = True) -> None:
+        """Log metrics that are due, or that there is a warning about; it stands in their line, and on the screen."""
+        if due or warnings:
+            done = self.state.updates_done
+            row = {"step": done, "episode": done * self.args.batch_size, **metrics}
+            self.recorder.log(row | ({"warning": " ".join(warnings)} if warnings else {}))
+        for sentence in warnings:
+            self.recorder.say(f"warning: {sentence}")
+
+    def final_metrics(self) -> dict[str, float]:
+        """What a stage records: episodes and their speed over the whole run, KL and scores of the last update."""
+        episodes = self.state.updates_done * self.args.batch_size
+        last = {name: self.state.metrics[f"objective/{name}"] for name in ("kl", "scores")}
+        return {"episodes": episodes, "episodes_per_s": episodes / max(self.state.seconds, 1e-9), **last}
 
     # --- what is kept -------------------------------------------------------------------------------------------------
 
     def save_model(self, folder: str | Path) -> None:
-        """Write the policy with its tokenizer as a stock model folder, and the critic into its subfolder `critic`
-        (with share_trunk its head alone, as value_head.safetensors).
+        """Write the policy with its tokenizer as a stock model folder, and the critic, if there is one, into its
+        subfolder `critic` (with share_trunk its head alone, as value_head.safetensors).
 
-        The average of `args.ema_decay` goes into the subfolder `ema`, a model folder as well. LoRA is merged into the
-        weights, so that each folder opens without peft; the adapter alone is in its subfolder `adapter`.
+        LoRA is merged into the weights, so that each folder opens without peft; the adapter alone is in its subfolder
+        `adapter`.
         """
-        save_models(self, Path(folder))
+        if self.accelerator.is_main_process:
+            folders = {Path(folder): self.models.policy}
+            if self.models.critic_forward is not None:
+                folders[Path(folder) / "critic"] = self.models.critic_forward.model
+            for place, model in folders.items():
+                save_whole(model, place)
+                self.processing_class.save_pretrained(place)
+            if self.args.share_trunk and self.models.critic is not None:
+                save_file(dict(self.models.critic.state_dict()), Path(folder) / "value_head.safetensors")
+        self.accelerator.wait_for_everyone()
 
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.stage.checkpoints if self.stage else Path(self.args.output_dir) / "checkpoints"
-
-    def _save_if_due(self) -> None:
-        if self.args.save_steps and self.updates_done % self.args.save_steps == 0:
-            save_state(self)
+    def save_state(self) -> None:
+        """Write a checkpoint of everything that a run goes on from."""
+        save_state(self.recorder.checkpoints, self.learner, self.state, self._identity())
 
     def resume(self) -> int:
         """Go on from the newest checkpoint, if nothing is done yet; returns the number of updates done."""
-        point = self.stage.resume_from if self.stage else latest_checkpoint(self.checkpoints)
-        if point is not None and self.updates_done == 0:
-            load_state(self, point)
-            if not self.stage:  # it has said so
-                self.say(f"going on from {point}: {self.updates_done} of {self.total_updates} updates are done")
+        point = self.recorder.resume_from if self.state.updates_done == 0 else None
+        if point is not None:
+            self.state = load_state(point, self.learner, self._identity())
+            done, total = self.state.updates_done, self.args.total_updates
+            self.recorder.say(f"going on from {point}: {done} of {total} updates are done")
         self.resumed = True
-        return self.updates_done
+        return self.state.updates_done
+
+    def _identity(self) -> dict[str, Any]:
+        held_out = len(self.evaluator.prompts) if self.evaluator else 0
+        return identity_of(self.learner, len(self.prompts), held_out)
+
+    # --- before the start ---------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """What stands before updates: nothing half done, no other run's checkpoints, an evaluation that is due."""
+        if self.state.updating:
+            raise UserError(
+                f"update {self.state.updates_done + 1} was broken off half way; build models and trainer anew: `train` "
+                "goes on from the last checkpoint"
+            )
+        new = self.state.updates_done == 0 and not self.resumed
+        if new and latest_checkpoint(self.recorder.checkpoints, lambda sentence: None):
+            raise UserError(
+                f"{self.recorder.checkpoints} has checkpoints of a run; call `resume` to go on from them, or choose "
+                "another output_dir"
+            )
+        self.recorder.begin()
+        self.evaluate_if_due()
+
+    def _prompts(self, rows: Any, name: str) -> Prompts:
+        return Prompts(rows, self.processing_class, self.args.response_length, self.context, name)
+
+    def _held_out(self, rows: Any, gold: RewardFunction | None) -> Prompts | None:
+        if self.args.eval_steps and rows is None:
+            raise UserError("eval_steps is set but eval_dataset is missing; give held-out prompts, or set it to 0")
+        if self.args.best_metric == "gold" and self.args.eval_steps and gold is None:
+            raise UserError("best_metric is gold but there is no gold judge; give one, or choose another figure")
+        return None if rows is None else self._prompts(rows, "eval_dataset")
+
+    def _pretraining_text(self, rows: Any) -> PretrainingText:
+        longest = self.args.ptx_max_length if self.context is None else min(self.args.ptx_max_length, self.context - 1)
+        return PretrainingText(rows, self.processing_class, longest)

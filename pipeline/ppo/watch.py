@@ -22,35 +22,35 @@ def watch_update(watched: dict[str, Any], metrics: dict[str, float], batch_size:
     was, now = (tuple(row[name] for name in names) for row in (first, metrics))
     kl, error = metrics["objective/kl"], metrics["objective/kl_std"] / math.sqrt(batch_size)
     ratio = math.sqrt(metrics.get("val/ratio_first_var", 0.0))
-    found = {}
+    new = {}
     if kl < -NOISE * error - 1e-6:
-        found["kl"] = (
+        new["kl"] = (
             f"objective/kl is {kl:.3g}, below 0 by more than noise: the answers are not samples of the policy that is "
             "trained (another temperature, top-k or older weights in the sampler), so the KL penalty is wrong"
         )
     if ratio > RATIO:
-        found["ratio"] = (
+        new["ratio"] = (
             f"the probability ratio at the first step of an update is off 1 by {ratio:.2g} (root mean square): two "
             "forward passes with equal weights disagree (dropout, precision, randomness in the model), which PPO "
             "mistakes for learning"
         )
     if metrics.get("val/sampler_gap", 0.0) > GAP:
-        found["gap"] = (
+        new["gap"] = (
             f"the sampler's log-probabilities differ from training's by {metrics['val/sampler_gap']:.2g} nats a token "
             "(val/sampler_gap): it samples from another distribution (filters, penalties, older weights, another "
             "precision); set sampler_weight_cap, or mend the sampler"
         )
     if now[0] < ENTROPY * was[0]:
-        found["entropy"] = (
+        new["entropy"] = (
             f"the entropy fell from {was[0]:.2g} to {now[0]:.2g} nats a token: the policy answers nearly the same each "
             "time; raise kl_coef or entropy_coef, or lower learning_rate"
         )
     if now[1] > LENGTH * was[1] or now[2] > was[2] + TRUNCATED:
-        found["length"] = (
+        new["length"] = (
             f"answers went from {was[1]:.0f} to {now[1]:.0f} tokens, and from {was[2]:.0%} to {now[2]:.0%} without an "
             "end token: see whether the reward likes length, raise missing_eos_penalty or kl_coef"
         )
-    return _once(watched, found)
+    return _once(watched, new)
 
 
 def watch_evaluation(watched: dict[str, Any], metrics: dict[str, float]) -> list[str]:
@@ -61,17 +61,18 @@ def watch_evaluation(watched: dict[str, Any], metrics: dict[str, float]) -> list
     best = watched.setdefault("gold", [gold, proxy])
     if gold > best[0]:
         watched["gold"] = [gold, proxy]
-    found = {}
+    new = {}
     if proxy > best[1] and gold < best[0] - GOLD * error:
-        found["gold"] = (
+        new["gold"] = (
             f"the held-out proxy rose from {best[1]:.3g} to {proxy:.3g} while gold fell from {best[0]:.3g} to "
             f"{gold:.3g}: the policy exploits its reward; raise kl_coef, stop earlier, or use several reward models"
         )
-    return _once(watched, found)
+    return _once(watched, new)
 
 
-def _once(watched: dict[str, Any], found: dict[str, str]) -> list[str]:
+def _once(watched: dict[str, Any], sentences: dict[str, str]) -> list[str]:
+    """Those of the sentences that were not said before."""
     said = watched.setdefault("said", [])
-    new = {name: sentence for name, sentence in found.items() if name not in said}
+    new = {name: sentence for name, sentence in sentences.items() if name not in said}
     said += new
     return list(new.values())

@@ -1,0 +1,115 @@
+"""The networks of a run: what policy, reference and critic must be, and how they stand beside each other."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.errors import UserError
+from pipeline.model.lora import is_lora, without_wrapper
+from pipeline.ppo.advantages import ESTIMATORS
+from pipeline.ppo.config import PPOConfig
+from pipeline.ppo.forward import ReferenceLogprobs, TokenLogprobs, TokenLogprobsAndValues, TokenValues, value_head
+from pipeline.text.tokenizer import check_fits, stop_ids
+
+
+@dataclass
+class Models:
+    """The networks of a run on their device, each with the forward pass that PPO needs of it.
+
+    `critic` is a sequence classifier, with `share_trunk` the head on the policy's trunk, and None where the advantage
+    estimator needs none. `critic_forward` is None in both of the latter cases: no network of its own learns values.
+    """
+
+    policy: nn.Module
+    critic: nn.Module | None
+    policy_forward: TokenLogprobs
+    reference_forward: TokenLogprobs
+    critic_forward: TokenValues | None
+
+    @property
+    def reference(self) -> nn.Module:
+        """The model that answers as the reference."""
+        return self.reference_forward.model
+
+
+def build_models(
+    policy: nn.Module, reference: nn.Module | None, critic: nn.Module | None, args: PPOConfig, device: torch.device
+) -> Models:
+    """Put the networks on `device`, and make the reference and the value head that were not given."""
+    policy = policy.to(device)
+    if reference is not None and reference is not policy:
+        reference_forward = TokenLogprobs(reference.to(device).requires_grad_(False), args.temperature)
+    elif is_lora(policy):
+        reference_forward = ReferenceLogprobs(policy, args.temperature)
+    else:
+        reference_forward = TokenLogprobs(copy.deepcopy(policy).requires_grad_(False), args.temperature)
+    if args.share_trunk:
+        head = value_head(policy).to(device)
+        both = TokenLogprobsAndValues(policy, head, args.temperature, args.gradient_checkpointing)
+        return Models(policy, head, both, reference_forward, None)
+    policy_forward = TokenLogprobs(policy, args.temperature, args.gradient_checkpointing)
+    if critic is None:
+        return Models(policy, None, policy_forward, reference_forward, None)
+    critic = critic.to(device)
+    critic_forward = TokenValues(critic, args.gradient_checkpointing)
+    return Models(policy, critic, policy_forward, reference_forward, critic_forward)
+
+
+def check_models(
+    policy: nn.Module,
+    reference: nn.Module | None,
+    critic: nn.Module | None,
+    args: PPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> int | None:
+    """Raise UserError where models, settings and tokenizer do not fit together; returns the tokens that all models can
+    read, None where there is no limit."""
+    if tokenizer is None:
+        raise UserError("processing_class is missing; pass the policy's tokenizer")
+    _check_critic(critic, args)
+    given = {"policy": policy, "reference": reference, "critic": critic}
+    models = {name: without_wrapper(model) for name, model in given.items() if model is not None}
+    for name, model in models.items():
+        check_fits(tokenizer, model.get_input_embeddings().num_embeddings, f"the {name}")
+    if reference is not None and reference is not policy:
+        own = {id(p) for p in policy.parameters()}
+        if any(id(p) in own for p in reference.parameters()):
+            raise UserError(
+                "the reference shares weights with the policy, which will be trained; pass None for a copy of the "
+                "policy as it is now, or with LoRA for the policy with its adapter switched off"
+            )
+    if args.ref_sync_updates:
+        if is_lora(policy):
+            raise UserError(
+                "ref_sync_updates: a policy with LoRA cannot hand its weights to a reference; set it to 0, or merge "
+                "the adapter first"
+            )
+        if [p.shape for p in models.get("reference", policy).parameters()] != [p.shape for p in policy.parameters()]:
+            raise UserError("ref_sync_updates: the reference has other shapes than the policy; set it to 0")
+    contexts = [getattr(model.config, "max_position_embeddings", None) for model in models.values()]
+    return min((context for context in contexts if context is not None), default=None)
+
+
+def _check_critic(critic: nn.Module | None, args: PPOConfig) -> None:
+    if not ESTIMATORS[args.advantage_estimator].needs_critic:
+        if critic is not None:
+            raise UserError(f"advantage_estimator {args.advantage_estimator} has no critic; pass none, or take gae")
+    elif (critic is None) != args.share_trunk:
+        raise UserError("pass a critic, or set share_trunk for a head on the policy's own trunk: one of the two")
+
+
+def end_tokens_of(policy: nn.Module, tokenizer: Any) -> tuple[list[int], str | None]:
+    """Ids that end an answer, those that the policy can say first; a warning if it can say none of them."""
+    size = without_wrapper(policy).get_input_embeddings().num_embeddings
+    ends = stop_ids(policy, tokenizer)
+    known = [token for token in ends if 0 <= token < size]
+    if known:
+        return known, None
+    return ends, (
+        f"the policy's end token {ends[0]} lies beyond its {size} embeddings, so no answer can end; set "
+        "generation_config.eos_token_id"
+    )

@@ -1,0 +1,93 @@
+"""Where a PPO run writes and what a person sees of it."""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from pipeline.checkpoint import latest_checkpoint
+from pipeline.errors import UserError
+from pipeline.model.hardware import use_bf16
+from pipeline.ppo.config import PPOConfig
+
+
+class Recorder(Protocol):
+    """What a trainer asks of its surroundings: a stage of the pipeline, or the Prints of a script."""
+
+    @property
+    def accelerator(self) -> Accelerator: ...
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        ...
+
+    @property
+    def resume_from(self) -> Path | None:
+        """The checkpoint to go on from."""
+        ...
+
+    def begin(self) -> None:
+        """Called before anything is written; further calls do nothing."""
+
+    def say(self, sentence: str) -> None:
+        """A sentence for the person who watches, once, whatever the number of processes."""
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """One line of metrics, once."""
+
+    def progress(
+        self, total: int, description: str, done: int = 0
+    ) -> contextlib.AbstractContextManager[Callable[..., None]]:
+        """A context with a function `advance(n, text)`."""
+        ...
+
+
+class Prints:
+    """A Recorder for a script: it prints, and keeps checkpoints under `args.output_dir`."""
+
+    def __init__(self, args: PPOConfig) -> None:
+        self.accelerator = build_accelerator(args)
+        self.checkpoints = Path(args.output_dir) / "checkpoints"
+
+    @property
+    def resume_from(self) -> Path | None:
+        """The newest checkpoint that is whole."""
+        return latest_checkpoint(self.checkpoints)
+
+    def begin(self) -> None:
+        """Nothing has to be made ready."""
+
+    def say(self, sentence: str) -> None:
+        """Print on the main process."""
+        if self.accelerator.is_main_process:
+            print(sentence, flush=True)
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Print the numbers of a line on the main process."""
+        numbers = {name: value for name, value in metrics.items() if not isinstance(value, str)}
+        self.say("  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+
+    def progress(
+        self, total: int, description: str, done: int = 0
+    ) -> contextlib.AbstractContextManager[Callable[..., None]]:
+        """No bar: each update prints its line."""
+        return contextlib.nullcontext(lambda n=1, text="": None)
+
+
+def build_accelerator(args: PPOConfig) -> Accelerator:
+    """An Accelerator for use without a stage; a process keeps the precision of its first one, which auto follows."""
+    precision = "bf16" if use_bf16(args.mixed_precision) else "no"
+    there = AcceleratorState._shared_state.get("_mixed_precision", precision)
+    if there != precision:
+        if args.mixed_precision != "auto":
+            raise UserError(
+                f"mixed_precision: a Trainer or Accelerator before it has set this process to {there!r}, which cannot "
+                f"be {precision!r} too; set both alike, or run PPO in a process of its own"
+            )
+        precision = there
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)

@@ -1,0 +1,72 @@
+"""The sampler's seam: anything with `sync` and `generate` answers, and what it says is what PPO learns from."""
+
+import torch
+from ppo_tools import end_alike, policy, prompts, rolled, trainer, weights
+
+from pipeline.model.sampler import OwnSampler, Samples
+
+
+class Fixed:
+    """A sampler that says `t7 <end>` to every prompt, and remembers whose weights it was given."""
+
+    def __init__(self):
+        self.synced, self.asked = [], []
+
+    def sync(self, policy):
+        self.synced.append({name: value.clone() for name, value in policy.state_dict().items()})
+
+    def generate(self, prompts, *, max_new_tokens, temperature, eos_token_id, pad_token_id, generator):
+        self.asked.append((len(prompts), max_new_tokens, temperature, tuple(eos_token_id), pad_token_id))
+        width = max(map(len, prompts)) + 2
+        rows = [[*prompt, 7, 1] for prompt in prompts]
+        count = len(prompts)
+        return Samples(
+            sequences=torch.tensor([row + [pad_token_id] * (width - len(row)) for row in rows]),
+            prompt_lengths=torch.tensor([len(prompt) for prompt in prompts]),
+            response_lengths=torch.full((count,), 2),
+            ended=torch.ones(count, dtype=torch.bool),
+            logprobs=torch.full((count, 2), -0.5),
+        )
+
+
+def test_what_the_sampler_says_is_scored_and_learned(tmp_path):
+    made = trainer(tmp_path, sampler=Fixed(), temperature=0.7)
+    rollout, metrics = rolled(made)
+    assert rollout.scores.tolist() == [1.0] * 8  # one t7 in each answer
+    for i in range(8):
+        p = int(rollout.prompt_lengths[i])
+        row = rollout.sequences[i, : p + 2][None]
+        assert row[0, p:].tolist() == [7, 1]
+        logprobs = (made.models.policy(row).logits[0, p - 1 : -1] / 0.7).log_softmax(-1)
+        torch.testing.assert_close(rollout.logprobs[i], logprobs.gather(-1, row[0, p:, None])[:, 0], atol=1e-5, rtol=0)
+    expected = (rollout.logprobs + 0.5).abs().mean().item()
+    assert abs(metrics["val/sampler_gap"] - expected) < 1e-6
+
+
+def test_it_is_given_the_policys_present_weights_before_each_round(tmp_path):
+    sampler, moments = Fixed(), []
+    made = trainer(tmp_path, sampler=sampler, total_episodes=16)
+    moments.append(weights(made.models.policy))
+    made.callbacks.append(lambda t, metrics: moments.append(weights(t.models.policy)))
+    made.train()
+    assert len(sampler.synced) == len(sampler.asked) == 2
+    assert sampler.asked == [(8, 6, 1.0, (1,), 0)] * 2
+    for given, own in zip(sampler.synced, moments, strict=False):
+        assert all(torch.equal(given[name], own[name]) for name in own)
+    assert not torch.equal(sampler.synced[0]["lm_head.weight"], sampler.synced[1]["lm_head.weight"])
+
+
+def test_the_evaluation_asks_it_too_and_the_reference_once(tmp_path):
+    sampler, other = Fixed(), policy(5)
+    made = trainer(tmp_path, sampler=sampler, reference=other, total_episodes=8, eval_steps=1, eval_rows=prompts(5))
+    made.train()
+    answered = [size for size, *_ in sampler.asked]
+    assert answered == [5, 5, 8, 5]  # policy and reference before, a round, the policy after
+    assert torch.equal(sampler.synced[1]["lm_head.weight"], other.lm_head.weight)
+    assert made.rows[0]["eval/length"] == 2.0 and made.rows[0]["eval/win_rate"] == 0.5
+
+
+def test_our_own_is_the_default(tmp_path):
+    one, two = trainer(tmp_path), trainer(tmp_path, sampler=OwnSampler())
+    one.train(), two.train()
+    assert end_alike(one, two)
