@@ -18,13 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.model.gpt import GPTForCausalLM
+from pipeline.model.logprobs import CHUNK_ELEMENTS
 from pipeline.model.sampler import generate
 from pipeline.text.packing import IGNORED, collate, document_end
 from pipeline.text.tokenizer import answer_texts, prompt_ids, stop_ids
 from reward_data.formats import text_of
-
-# The logits of one forward pass hold at most this many fp32 numbers (128 MiB), whatever the vocabulary.
-LOGITS_PER_FORWARD = 2**25
 
 Judge = Callable[[list[Any], list[str]], list[float]]
 
@@ -120,7 +118,7 @@ def sequence_logprobs(
     totals = torch.zeros(len(rows), dtype=torch.float64)
     while order:
         width = len(rows[order[-1]])  # the longest of those left
-        count = max(1, LOGITS_PER_FORWARD // (width * vocabulary))
+        count = max(1, CHUNK_ELEMENTS // (width * vocabulary))
         chosen, order = order[-count:], order[:-count]
         ids = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in chosen], device=model.device)
         ends = torch.tensor([len(rows[i]) for i in chosen], device=model.device)[:, None]

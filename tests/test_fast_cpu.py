@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from gpt_tools import VOCABULARY, assert_close, batch, pair, small_config
 from transformers import Qwen3ForCausalLM
 
-from pipeline.model import fast_cpu as kernels
+from pipeline.model import fast_cpu
 from pipeline.model.gpt import GPTForCausalLM
 
 
@@ -17,9 +17,10 @@ def test_hand_written_norm_equals_autograd():
         weight[0] = 0  # nothing may divide by a weight
         x, weight = x.requires_grad_(), weight.requires_grad_()
         expected = weight * x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
-        ours = kernels.rms_norm(x, weight, 1e-6)
+        ours, r = fast_cpu.norm_forward(x.detach(), weight.detach(), 1e-6, x.dtype)
         assert_close(ours, expected)
-        for a, b in zip(*(torch.autograd.grad(y, (x, weight), grad) for y in (ours, expected)), strict=True):
+        gradients = fast_cpu.norm_backward(grad, x.detach(), weight.detach(), r)
+        for a, b in zip(gradients, torch.autograd.grad(expected, (x, weight), grad), strict=True):
             assert_close(a, b)
 
 
@@ -29,9 +30,9 @@ def test_hand_written_attention_equals_the_formula(tokens):
     torch.manual_seed(0)
     q, k, v, grad = (torch.randn(4, tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(4))
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
-    ours, probabilities = kernels.attention_forward(q.detach(), k.detach(), v.detach())
+    ours, probabilities = fast_cpu.attention_forward(q.detach(), k.detach(), v.detach())
     torch.testing.assert_close(ours, expected)
-    gradients = kernels.attention_backward(grad.detach(), q.detach(), k.detach(), v.detach(), probabilities)
+    gradients = fast_cpu.attention_backward(grad.detach(), q.detach(), k.detach(), v.detach(), probabilities)
     for a, b in zip(gradients, torch.autograd.grad(expected, (q, k, v), grad), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -42,14 +43,14 @@ def test_hand_written_block_equals_the_plain_one(monkeypatch, groups, padding):
     """Every weight's gradient and the loss, hand-written halves against autograd on the formulas."""
     ours, _ = pair(GPTForCausalLM, Qwen3ForCausalLM, num_key_value_heads=groups)
     inputs = batch(padding)
-    calls, run = [], kernels.run
-    monkeypatch.setattr(kernels, "run", lambda *given: calls.append(1) or run(*given))
+    calls, run = [], fast_cpu.run
+    monkeypatch.setattr(fast_cpu, "run", lambda *given: calls.append(1) or run(*given))
     by_hand = ours(**inputs).loss
     by_hand.backward()
     assert len(calls) == 3  # one a layer: the fast way was taken
     gradients = {name: p.grad.clone() for name, p in ours.named_parameters()}
     ours.zero_grad()
-    monkeypatch.setattr(kernels, "can_run", lambda *_: False)
+    monkeypatch.setattr(fast_cpu, "can_run", lambda *_: False)
     plain = ours(**inputs).loss
     plain.backward()
     assert_close(by_hand, plain)
@@ -83,14 +84,14 @@ def test_the_hand_written_block_steps_aside_for_what_it_does_not_know():
     def block(**changes):
         return GPTForCausalLM(small_config(**changes)).train().model.layers[0]
 
-    assert kernels.can_run(block(), x)
-    assert not kernels.can_run(block(), x.bfloat16())
-    assert not kernels.can_run(block(), torch.randn(1, kernels.LONGEST + 1, 48))
-    assert not kernels.can_run(block(attention_bias=True), x)
-    assert not kernels.can_run(block(attention_dropout=0.1), x)
-    assert kernels.can_run(block(attention_dropout=0.1).eval(), x)
+    assert fast_cpu.can_run(block(), x)
+    assert not fast_cpu.can_run(block(), x.bfloat16())
+    assert not fast_cpu.can_run(block(), torch.randn(1, fast_cpu.LONGEST + 1, 48))
+    assert not fast_cpu.can_run(block(attention_bias=True), x)
+    assert not fast_cpu.can_run(block(attention_dropout=0.1), x)
+    assert fast_cpu.can_run(block(attention_dropout=0.1).eval(), x)
     adapted, hooked, unnormed = block(), block(), block()
     adapted.mlp.up_proj = torch.nn.Sequential(adapted.mlp.up_proj)  # as LoRA wraps a projection
     hooked.self_attn.q_proj.register_forward_hook(lambda *_: None)
     unnormed.self_attn.q_norm = torch.nn.Identity()
-    assert not any(kernels.can_run(changed, x) for changed in (adapted, hooked, unnormed))
+    assert not any(fast_cpu.can_run(changed, x) for changed in (adapted, hooked, unnormed))

@@ -14,7 +14,7 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
-from pipeline.model import gpt
+from pipeline.model import logprobs
 from pipeline.model.gpt import GPTForCausalLM, GPTForSequenceClassification
 
 
@@ -153,7 +153,7 @@ def test_loss_in_chunks_is_the_loss(monkeypatch):
         return loss.detach(), [p.grad.clone() for p in ours.parameters()]
 
     whole = loss_and_gradients()
-    monkeypatch.setattr(gpt, "LOGITS_PER_CHUNK", 7 * VOCABULARY)
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 7 * VOCABULARY)
     chunked = loss_and_gradients()
     assert_close(chunked[0], whole[0])
     for a, b in zip(chunked[1], whole[1], strict=True):

@@ -122,7 +122,7 @@ def test_best_of_n_kl_is_that_of_the_highest_of_n_uniform_scores(n: int) -> None
 
 @pytest.mark.parametrize("budget", [2**25, 10_000])  # all rows at once, and a row or two at a time
 def test_sequence_logprobs_equal_one_forward_a_token(sft: Policy, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "LOGITS_PER_FORWARD", budget)
+    monkeypatch.setattr(evaluate, "CHUNK_ELEMENTS", budget)
     prompts = [[3, 40, 5], [70], [8, 9, 10, 11, 12, 13]]
     responses = [[9, 200, 5], [14, 14, 14, 14, 14, 1], [6]]
     expected = []

@@ -53,29 +53,6 @@ def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[T
     return grad_x.addcmul_(x, coefficient), grad_weight
 
 
-class RMSNormFunction(torch.autograd.Function):
-    """The norm by itself, for every place outside the two halves below; autograd's takes thrice as long."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, r = norm_forward(x, weight, eps, x.dtype)
-        ctx.save_for_backward(x, weight, r)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    @without_autocast
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *norm_backward(grad, *ctx.saved_tensors), None
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / √(mean(x²) + ε) ⊙ weight over the last dimension; x (…, D) and weight (D,) fp32."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return RMSNormFunction.apply(x, weight, eps)
-    return F.rms_norm(x, weight.shape, weight, eps)
-
-
 # ---- attention ------------------------------------------------------------------------------------------------------
 
 

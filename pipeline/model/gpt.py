@@ -16,16 +16,15 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel, Qwen3Config
 from transformers import initialization as init
 from transformers import modeling_outputs as outputs
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from pipeline.model import fast_cpu as kernels
+from pipeline.model import fast_cpu
+from pipeline.model.logprobs import logprobs_from_hidden
 
 IGNORED = -100  # a label that is not trained on, as everywhere in PyTorch
-LOGITS_PER_CHUNK = 2**25  # the loss holds at most this many fp32 logits at once (128 MiB)
 
 
 # ---- the parts -------------------------------------------------------------------------------------------------------
@@ -41,7 +40,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # All in fp32: F.rms_norm warns of mixed types under bf16 autocast and leaves its fast path
-        return kernels.rms_norm(x.float(), self.weight.float(), self.eps).to(self.weight.dtype)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(self.weight.dtype)
 
 
 def rotary_angles(positions: Tensor, config: Qwen3Config) -> tuple[Tensor, Tensor]:
@@ -166,8 +165,8 @@ class Block(GradientCheckpointingLayer):
         self, x: Tensor, angles: tuple[Tensor, Tensor], bias: Tensor | None, past_key_values=None, keep=None
     ) -> Tensor:
         """x (B, T, D) → (B, T, D); with `keep` (B, T) bool → (1, N, D), those places alone: the MLP needs no others."""
-        if bias is None and past_key_values is None and kernels.can_run(self, x):
-            return kernels.run(self, x, angles, keep)  # the same, faster on CPU
+        if bias is None and past_key_values is None and fast_cpu.can_run(self, x):
+            return fast_cpu.run(self, x, angles, keep)  # what the next lines say, faster on CPU
         x = x + self.self_attn(self.input_layernorm(x), angles, bias, past_key_values)
         x = x if keep is None else x[keep][None]
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -301,18 +300,8 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
         if attention_mask is not None and attention_mask.dim() == 2:
             counts = counts & attention_mask[:, :-1].bool()  # under left padding a pad would predict the first token
         hidden, targets = hidden[:, :-1][counts], targets[counts]  # (N, D), (N,)
-        rows = max(1, LOGITS_PER_CHUNK // self.config.vocab_size)
-        total = hidden.new_zeros((), dtype=torch.float32)
-        for part, target in zip(hidden.split(rows), targets.split(rows), strict=True):
-            # One chunk keeps its logits for the backward; of several, each makes them again
-            if len(hidden) > rows and torch.is_grad_enabled():
-                total = total + checkpoint(self.chunk_loss, part, target, use_reentrant=False)
-            else:
-                total = total + self.chunk_loss(part, target)
-        return total / (max(1, len(targets)) if num_items_in_batch is None else num_items_in_batch)
-
-    def chunk_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="sum")
+        logprobs, _ = logprobs_from_hidden(hidden, targets, self.lm_head, self.config.vocab_size)
+        return -logprobs.sum() / (max(1, len(targets)) if num_items_in_batch is None else num_items_in_batch)
 
 
 class GPTForSequenceClassification(GPTPreTrainedModel):

@@ -18,20 +18,25 @@ def logprobs_from_hidden(
     vocab_size: int,
     temperature: float = 1.0,
     entropy: bool = False,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_elements: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """log softmax(head(hidden) / temperature)[targets], and the entropy of that distribution where asked for.
 
     `hidden` (N, D), `targets` (N,) long → (N,) float32 each, both with their gradients. About `chunk_elements`
-    logits exist at a time: of several chunks each one is computed again in the backward pass.
+    logits (None: CHUNK_ELEMENTS) exist at a time: of several chunks each one is computed again in the backward pass.
     """
 
     def chunk(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        logprobs = F.log_softmax(head(h).float() / temperature, dim=-1)
-        spread = -(logprobs.exp() * logprobs).sum(-1) if entropy else None
-        return logprobs.gather(-1, y[:, None]).squeeze(-1), spread
+        logits = head(h).float()
+        if temperature != 1:  # a pass over all logits
+            logits = logits / temperature
+        logprobs = -F.cross_entropy(logits, y, reduction="none")
+        if not entropy:
+            return logprobs, None
+        everything = logits.log_softmax(-1)
+        return logprobs, -(everything.exp() * everything).sum(-1)
 
-    rows = max(1, chunk_elements // vocab_size)
+    rows = max(1, (chunk_elements or CHUNK_ELEMENTS) // vocab_size)
     if len(targets) <= rows:
         return chunk(hidden, targets)
     parts = [
