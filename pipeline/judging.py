@@ -57,8 +57,7 @@ class Answers:
 
     def take(self, rows: Sequence[int]) -> "Answers":
         """The answers with these indices."""
-        fields = (self.prompts, self.prompt_ids, self.response_ids, self.ended, self.texts)
-        return Answers(*([values[row] for row in rows] for values in fields))
+        return Answers(**{name: [values[row] for row in rows] for name, values in vars(self).items()})
 
 
 def plain_text(prompt: Any) -> str:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -40,9 +41,10 @@ def is_lora(model: nn.Module) -> bool:
     return hasattr(model, "get_base_model")
 
 
-def without_wrapper(model: nn.Module) -> nn.Module:
+def without_wrapper(model: nn.Module) -> PreTrainedModel:
     """The model of transformers in a peft wrapper: its own modules, the adapter's among them."""
-    return model.get_base_model() if is_lora(model) else model
+    wrapped: Any = model
+    return wrapped.get_base_model() if is_lora(model) else wrapped
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -55,7 +57,8 @@ def save_whole(model: nn.Module, folder: str | Path) -> None:
 
     With LoRA the adapter is merged into the weights of a copy, and also kept by itself in the subfolder `adapter`.
     """
+    whole: Any = model
     if is_lora(model):
-        model.save_pretrained(Path(folder) / "adapter", save_embedding_layers=False)
-        model = copy.deepcopy(model).merge_and_unload()
-    model.save_pretrained(folder)
+        whole.save_pretrained(Path(folder) / "adapter", save_embedding_layers=False)
+        whole = copy.deepcopy(whole).merge_and_unload()
+    whole.save_pretrained(folder)

@@ -17,8 +17,7 @@ def rollout_metrics(rollout: Rollout, kl: Tensor, kl_coef: float, reduce: Reduce
     one = torch.ones_like(scores)
     per_token = [(table * mask).sum(1) for table in (kl, k3, rollout.entropy)]
     per_answer = [one, lengths, scores, scores**2, (~rollout.ended).float(), per_token[0] ** 2]
-    sums = torch.stack(per_token + per_answer, dim=1).double().sum(0)
-    sums = reduce(sums).tolist()
+    sums = reduce(torch.stack(per_token + per_answer, dim=1).double().sum(0)).tolist()
     kl1, kl3, entropy, count, length, score, score_squared, truncated, kl_squared = sums
     mean_kl, mean_score, penalty = kl1 / count, score / count, -kl_coef * kl1 / count
     metrics = {

@@ -157,10 +157,9 @@ class GivenRows:
         def vector(values: list[Any]) -> Tensor:
             return torch.tensor(values, device=device)
 
+        rows = [[*p, *c] for p, c in zip(self.prompts, self.completions, strict=True)]
         return Rollout(
-            sequences=table(
-                ([*p, *c] for p, c in zip(self.prompts, self.completions, strict=True)), pad_token, torch.long
-            ),
+            sequences=table(rows, pad_token, torch.long),
             prompt_lengths=vector([len(ids) for ids in self.prompts]),
             response_lengths=vector([len(ids) for ids in self.completions]),
             ended=vector([ids[-1] in end_tokens for ids in self.completions]),
@@ -170,9 +169,8 @@ class GivenRows:
 
     def check(self, expected: int, num_generations: int, context: int | None, vocabulary: int) -> None:
         """Raise UserError for rows that `PPOTrainer.step` cannot learn from."""
-        named = {"prompts": self.prompts, "completions": self.completions, "scores": self.scores}
-        for name, rows in (named | ({} if self.logprobs is None else {"logprobs": self.logprobs})).items():
-            if len(rows) != expected:
+        for name, rows in vars(self).items():
+            if rows is not None and len(rows) != expected:
                 raise UserError(f"step: {len(rows)} {name}, but batch_size asks for {expected} on each process")
         for i in range(expected):
             if wrong := self._fault(i, context, vocabulary):

@@ -155,12 +155,13 @@ def _load_weights(model: nn.Module, file: Path) -> None:
 def _lora_of(model: nn.Module) -> list[Any] | None:
     if not is_lora(model):
         return None
-    config = model.peft_config[model.active_adapter]
+    adapted: Any = model
+    config = adapted.peft_config[adapted.active_adapter]
     return [config.r, config.lora_alpha, sorted(config.target_modules)]
 
 
 def _random_state() -> dict[str, Any]:
-    name, keys, position, has_gauss, gauss = np.random.get_state()
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     state = {
         "python": random.getstate(),
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],

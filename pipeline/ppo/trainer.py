@@ -104,7 +104,9 @@ class PPOTrainer:
             keep_freed_memory()
         self.models = build_models(policy, reference, critic, args, accelerator.device)
         self.learner = Learner(self.models, args, accelerator, ptx)
-        self.evaluator = held_out and Evaluator(held_out, self.answerer, self.rewards, gold, self.learner)
+        self.evaluator: Evaluator | None = None
+        if held_out is not None:
+            self.evaluator = Evaluator(held_out, self.answerer, self.rewards, gold, self.learner)
         self.state = RunState(args.kl_coef)
         self.resumed = False
 
