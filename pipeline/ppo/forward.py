@@ -6,7 +6,7 @@ shape batch × length × vocabulary ever exists.
 
 import contextlib
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class Recomputed:
     """
 
     def __init__(self, model: nn.Module, on: bool) -> None:
-        self.blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if on else []
+        self.blocks: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if on else []
         if on and not self.blocks:
             raise UserError(f"gradient_checkpointing: {type(model).__name__} has no blocks that can be computed again")
         for block in self.blocks:
@@ -104,19 +104,21 @@ class AdapterOff:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's."""
-        with self.with_adapter.disable_adapter():
-            return self.with_adapter.generate(*args, **kwargs)
+        adapted: Any = self.with_adapter
+        with adapted.disable_adapter():
+            return adapted.generate(*args, **kwargs)
 
 
 class ReferenceLogprobs(TokenLogprobs):
     """TokenLogprobs of a LoRA policy with its adapter switched off: a reference that takes no memory of its own."""
 
     def __init__(self, policy: nn.Module, temperature: float) -> None:
-        super().__init__(AdapterOff(policy), temperature)
+        super().__init__(cast(nn.Module, AdapterOff(policy)), temperature)
 
     def without_adapter(self) -> contextlib.AbstractContextManager:
         """The policy as it was; once around all forward passes, since threads share the switch."""
-        return self.model.disable_adapter()
+        adapted: Any = self.model
+        return adapted.disable_adapter()
 
 
 class TokenValues(nn.Module):
@@ -136,7 +138,7 @@ class TokenValues(nn.Module):
         """`ids` (b, t) long, `predicts` (b, t) bool → (N,) float32 in the order of TokenLogprobs."""
         with self.recomputed:
             hidden = states_at(self.model, ids, predicts)
-        return read_values(hidden, without_wrapper(self.model).score)
+        return read_values(hidden, cast(nn.Module, without_wrapper(self.model).score))
 
 
 def read_values(hidden: Tensor, head: nn.Module) -> Tensor:
@@ -161,7 +163,7 @@ class TokenLogprobsAndValues(TokenLogprobs):
         super().__init__(model, temperature, gradient_checkpointing)
         self.head = head
 
-    def forward(
+    def forward(  # type: ignore[override]  # a third output is what this class is for
         self,
         ids: Tensor,
         predicts: Tensor,

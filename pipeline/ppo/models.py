@@ -74,7 +74,7 @@ def check_models(
     given = {"policy": policy, "reference": reference, "critic": critic}
     models = {name: without_wrapper(model) for name, model in given.items() if model is not None}
     for name, model in models.items():
-        check_fits(tokenizer, model.get_input_embeddings().num_embeddings, f"the {name}")
+        check_fits(tokenizer, embedding_count(model), f"the {name}")
     if reference is not None and reference is not policy:
         own = {id(p) for p in policy.parameters()}
         if any(id(p) in own for p in reference.parameters()):
@@ -102,9 +102,15 @@ def _check_critic(critic: nn.Module | None, args: PPOConfig) -> None:
         raise UserError("pass a critic, or set share_trunk for a head on the policy's own trunk: one of the two")
 
 
+def embedding_count(model: nn.Module) -> int:
+    """Token ids that a model can read."""
+    table: Any = without_wrapper(model).get_input_embeddings()
+    return table.num_embeddings
+
+
 def end_tokens_of(policy: nn.Module, tokenizer: Any) -> tuple[list[int], str | None]:
     """Ids that end an answer, those that the policy can say first; a warning if it can say none of them."""
-    size = without_wrapper(policy).get_input_embeddings().num_embeddings
+    size = embedding_count(policy)
     ends = stop_ids(policy, tokenizer)
     known = [token for token in ends if 0 <= token < size]
     if known:

@@ -161,10 +161,11 @@ def _lora_of(model: nn.Module) -> list[Any] | None:
 
 
 def _random_state() -> dict[str, Any]:
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    numpy: Any = np.random.get_state()
+    name, keys, *rest = numpy
     state = {
         "python": random.getstate(),
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
         "torch": torch.get_rng_state(),
     }
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})

@@ -22,13 +22,13 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.checkpoint import latest_checkpoint, write_json
 from pipeline.errors import UserError
 from pipeline.model.hardware import keep_freed_memory
-from pipeline.model.lora import save_whole, without_wrapper
+from pipeline.model.lora import save_whole
 from pipeline.model.sampler import OwnSampler, Sampler
 from pipeline.ppo import algorithm as A
 from pipeline.ppo.config import PPOConfig, check_config
 from pipeline.ppo.evaluation import Evaluator
 from pipeline.ppo.learner import Learner
-from pipeline.ppo.models import build_models, check_models, end_tokens_of
+from pipeline.ppo.models import build_models, check_models, embedding_count, end_tokens_of
 from pipeline.ppo.recorder import Prints, Recorder
 from pipeline.ppo.rollout import (
     SAMPLING,
@@ -151,9 +151,10 @@ class PPOTrainer:
             scores=[float(score) for score in scores],
             logprobs=None if logprobs is None else list(logprobs),
         )
-        vocabulary = without_wrapper(self.models.policy).get_input_embeddings().num_embeddings
         group = args.num_generations if args.advantage_estimator == "rloo" else 1
-        rows.check(args.batch_size // self.accelerator.num_processes, group, self.context, vocabulary)
+        rows.check(
+            args.batch_size // self.accelerator.num_processes, group, self.context, embedding_count(self.models.policy)
+        )
         self._begin()
         start = self.learner.clock()
         rollout = rows.rollout(answerer.end_tokens, answerer.pad_token, self.accelerator.device)
