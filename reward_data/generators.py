@@ -1,6 +1,7 @@
 """Generators of data sets: what one has to offer, and the names that the field `dataset` knows them by.
 
-A generator is a module with the names of `Generator`; it inherits from nothing. `docs/extending.md` says how to add one.
+A generator is a module with the names of `Generator`; it inherits from nothing. How to add one:
+docs/extending.md.
 """
 
 from collections.abc import Iterable

@@ -63,7 +63,7 @@ def load_texts(
         )
         documents = list(stream.one_pass())
     else:
-        named, read = _corpus(dataset, split, seed, max_bytes, text_column)
+        named, read = _corpus(dataset, split, text_column, seed=seed, max_bytes=max_bytes, streaming=False)
         by_key = _without_duplicates(read(), dataset)
         if not named and len(by_key) == 1:
             [text] = by_key.values()
@@ -101,8 +101,10 @@ class TextStream:
     def __post_init__(self) -> None:
         self.documents = self.duplicates = 0
         """Read, and of these dropped, since the iteration began."""
-        given = (self.dataset, self.split, self.seed, self.max_bytes, self.text_column)
-        self._named, self._read = _corpus(*given, streaming=True)
+        limit = sys.maxsize if self.max_bytes is None else self.max_bytes  # a generator that never ends streams as well
+        self._named, self._read = _corpus(
+            self.dataset, self.split, self.text_column, seed=self.seed, max_bytes=limit, streaming=True
+        )
 
     def __iter__(self) -> Iterator[str]:
         self.documents = self.duplicates = 0
@@ -134,12 +136,11 @@ class TextStream:
 
 
 def _corpus(
-    dataset: str, split: Split, seed: int, max_bytes: int | None, text_column: str, streaming: bool = False
+    dataset: str, split: Split, text_column: str, *, seed: int, max_bytes: int | None, streaming: bool
 ) -> tuple[bool, Callable[[], Iterator[str]]]:
     """Whether the documents are those of `split` alone, and the function that reads them."""
     if dataset in GENERATORS:
-        limit = sys.maxsize if streaming and max_bytes is None else max_bytes
-        return True, partial(_generate, dataset, "corpus", seed=seed, max_bytes=limit, split=split)
+        return True, partial(_generate, dataset, "corpus", seed=seed, max_bytes=max_bytes, split=split)
     named, sources = choose(dataset, split, "texts", streaming)
     return named, partial(_documents, sources, text_column)
 

@@ -130,4 +130,4 @@ def _bytes_of(token: int, tokenizer: PreTrainedTokenizerBase) -> int:
     exact where a cut has split a character; other tokenizers decode."""
     if isinstance(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None), decoders.ByteLevel):
         return len(str(tokenizer.convert_ids_to_tokens(token)))
-    return len(tokenizer.decode([token]).encode())
+    return len(str(tokenizer.decode([token])).encode())

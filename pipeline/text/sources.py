@@ -138,9 +138,12 @@ def _read(path: Path, separated: bool = False) -> Iterator[Row]:
     if _suffix(path) not in readers:
         raise UserError(f"dataset: {path} is no known kind of data file (known: {', '.join(SUFFIXES)}, or .gz)")
     empty = True
-    for row in readers[_suffix(path)](path):
-        empty = False
-        yield row
+    try:
+        for row in readers[_suffix(path)](path):
+            empty = False
+            yield row
+    except (OSError, EOFError, zlib.error, csv.Error, pa.ArrowInvalid) as error:
+        raise UserError(f"dataset: {path} cannot be read as {_suffix(path)[1:]}: {one_line(error)}") from None
     if empty:
         raise UserError(f"dataset: {path} is empty")
 
@@ -156,8 +159,6 @@ def _lines(path: Path) -> Iterator[str]:
     except UnicodeDecodeError as error:
         where = f"line {number}, byte {start + error.start}"
         raise UserError(f"dataset: {path} is not UTF-8 text ({where}); save it as UTF-8") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"dataset: {path} cannot be read: {one_line(error)}") from None
 
 
 def _txt_rows(path: Path, separated: bool) -> Iterator[Row]:
@@ -223,11 +224,8 @@ def _csv_rows(path: Path) -> Iterator[Row]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
-            yield from batch.to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"dataset: {path} cannot be read as parquet: {one_line(error)}") from None
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
+        yield from batch.to_pylist()
 
 
 def one_line(error: Exception) -> str:
