@@ -67,7 +67,7 @@ def find_sources(dataset: str, streaming: bool = False) -> list[Source]:
         return [(file.name.split(".")[0], partial(_read, file)) for file in files]
     if not is_local(dataset) and _suffix(path) not in SUFFIXES:
         return _hub(dataset, streaming)
-    near = [*GENERATORS, *(str(other) for other in path.parent.iterdir())] if path.parent.is_dir() else [*GENERATORS]
+    near = [*GENERATORS, *map(str, path.parent.glob("*"))]
     closest = difflib.get_close_matches(str(path), near, n=2, cutoff=0.5)
     hint = f"; did you mean {' or '.join(closest)}?" if closest else ""
     if path.name in DOWNLOADS:

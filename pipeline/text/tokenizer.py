@@ -112,14 +112,15 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"no tokenizer can be opened from {path}: {one_line(error)}") from None
-    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+    vocabulary = tokenizer.get_vocab()
+    if vocabulary.keys() <= set(tokenizer.all_special_tokens):
         # What transformers makes of a config.json alone: it would turn every text into nothing
         raise UserError(f"{path} has no tokenizer (no tokenizer.json); save it beside the model, or give its folder")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         # GPT-2, Llama, Pythia come without a pad token: a token of their own keeps masks and values right.
-        spare = next((t for t in (PAD, "<|finetune_right_pad_id|>", "<|padding|>") if t in tokenizer.get_vocab()), None)
-        tokenizer.pad_token = spare or tokenizer.unk_token
-        if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        spare = (PAD, "<|finetune_right_pad_id|>", "<|padding|>", tokenizer.unk_token)
+        tokenizer.pad_token = next((t for t in spare if t in vocabulary and t != tokenizer.eos_token), None)
+        if tokenizer.pad_token is None:
             tokenizer.add_special_tokens({"pad_token": PAD})
     return tokenizer
 
