@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache, partial
+from itertools import count
 from typing import Any, TypeVar
 
 import numpy as np
@@ -108,15 +109,13 @@ class TextStream:
 
     def __iter__(self) -> Iterator[str]:
         self.documents = self.duplicates = 0
-        number = 0
-        while True:
+        for number in count():
             empty = True
             for text in _shuffled(self.one_pass(), random.Random(f"{self.seed} {number}"), self.buffer_size):
                 empty = False
                 yield text
             if empty:
                 raise _no_rows(self.dataset, "text", self.split)
-            number += 1
 
     def one_pass(self) -> Iterator[str]:
         """The documents of the split once, in the order of the corpus, up to `max_bytes`."""
@@ -165,11 +164,12 @@ def _documents(sources: list[Source], column: str) -> Iterator[str]:
 def _without_duplicates(texts: Iterable[str], dataset: str) -> dict[bytes, str]:
     """The first text of each key; says how many others there were."""
     by_key: dict[bytes, str] = {}
-    count = 0
-    for count, text in enumerate(texts, start=1):  # noqa: B007
+    read = 0
+    for text in texts:
         by_key.setdefault(document_key(text), text)
-    if count > len(by_key):
-        _say_once(f"{dataset}: {count - len(by_key):,} of {count:,} documents are duplicates and were dropped")
+        read += 1
+    if read > len(by_key):
+        _say_once(f"{dataset}: {read - len(by_key):,} of {read:,} documents are duplicates and were dropped")
     return by_key
 
 
@@ -320,8 +320,8 @@ def _part(rows: list[T], keys: list[bytes], split: Split) -> list[T]:
         if _side(split) == "train":
             return rows
         raise UserError(f"dataset: {len(ranked)} prompts or documents are too few to hold any out for '{split}'")
-    count = max(1, round(len(ranked) * HELD_OUT))
-    held_out = dict.fromkeys(ranked[:count], "test") | dict.fromkeys(ranked[count : 2 * count], "validation")
+    share = max(1, round(len(ranked) * HELD_OUT))
+    held_out = dict.fromkeys(ranked[:share], "test") | dict.fromkeys(ranked[share : 2 * share], "validation")
     return [row for row, key in zip(rows, keys, strict=True) if held_out.get(key, "train") == _side(split)]
 
 
