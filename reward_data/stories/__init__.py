@@ -19,6 +19,18 @@ A gold reward of this kind shows that the machinery learns what it is rewarded f
 
 from .judge import WEIGHTS, check, gold
 from .spec import Spec, parse_prompt
-from .tasks import corpus, instructions, prompts, story
+from .tasks import ENDLESS, corpus, instructions, preferences, prompts, story
 
-__all__ = ["WEIGHTS", "Spec", "check", "corpus", "gold", "instructions", "parse_prompt", "prompts", "story"]
+__all__ = [
+    "ENDLESS",
+    "WEIGHTS",
+    "Spec",
+    "check",
+    "corpus",
+    "gold",
+    "instructions",
+    "parse_prompt",
+    "preferences",
+    "prompts",
+    "story",
+]

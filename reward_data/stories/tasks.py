@@ -47,6 +47,9 @@ ANSWER_TOKENS = 56
 PLANTED_TOKENS = 9
 """What a planted sentence takes of them."""
 
+ENDLESS = True
+"""The stages are to say how much they want (reward_data/generators.py)."""
+
 _WORD, _ASKABLE = re.compile(r"[a-z]+"), frozenset(REQUIRED)
 
 PROMPT_SPLITS = {"preferences": False, "ppo": False, "validation": True, "test": True}
@@ -134,6 +137,11 @@ def prompts(seed: int, size: int, split: str) -> list[dict]:
     held_out = PROMPT_SPLITS[_known(split, PROMPT_SPLITS, "prompts")]
     rng = _rng("prompts", split, seed)
     return [{"prompt": user(write_prompt(rng, draw(rng, held_out)))} for _ in range(size)]
+
+
+def preferences(seed: int, split: str) -> list[dict]:
+    """None of its own: pairs are two answers of a policy, which the judge compares. Raises NotImplementedError."""
+    raise NotImplementedError("run the stage that makes them, name its folder")
 
 
 def _known(split: str, splits: Sequence[str] | dict[str, bool], what: str) -> str:
