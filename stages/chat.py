@@ -5,6 +5,7 @@ sets how adventurous the sampling is. Prompts can also be piped in, one a line.
 """
 
 import contextlib
+import io
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -14,21 +15,21 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pipeline.errors import UserError
 from pipeline.judging import plain_text
 from pipeline.model.load import fit_embeddings, load_policy, parameter_count
 from pipeline.model.sampler import Sampling, stream
-from pipeline.runtime import record as runtime
 from pipeline.runtime.arguments import ChatArguments
+from pipeline.runtime.console import console, run
 from pipeline.text import data
-from pipeline.text.tokenizer import END_OF_TURN, load_tokenizer, prompt_ids, stop_ids
+from pipeline.text.tokenizer import END_OF_TURN, answer_texts, load_tokenizer, prompt_ids, stop_ids
 
 COMMANDS = "/exit, /reset, /temperature X"
 
 
-def stream_text(tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def stream_text(tokens: Iterable[int], tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
     """Text pieces of tokens as they come; joined they are the tokens' decoded text.
 
     A byte-level token may end inside a character. Such an end decodes to U+FFFD and is held back until the character
@@ -38,17 +39,13 @@ def stream_text(tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> It
     shown = ""
     for token in tokens:
         ids.append(token)
-        whole = _decode(tokenizer, ids).rstrip("\ufffd")
+        whole = answer_texts(tokenizer, [ids])[0].rstrip("\ufffd")
         if len(whole) > len(shown):
             yield whole[len(shown) :]
             shown = whole
-    rest = _decode(tokenizer, ids)[len(shown) :]
+    rest = answer_texts(tokenizer, [ids])[0][len(shown) :]
     if rest:
         yield rest
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 @dataclass
@@ -56,7 +53,7 @@ class Chat:
     """A conversation with a model. `raw`: no template, the model goes on from the text alone."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerFast
     raw: bool
     history: bool
     sampling: Sampling
@@ -134,7 +131,7 @@ def open_chat(args: ChatArguments) -> Chat:
     return Chat(model, tokenizer, raw, args.history and not raw, sampling, args.max_new_tokens, generator)
 
 
-def _ends_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+def _ends_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether the model was taught to talk in turns: our tokenizer has the token for it before the model knows it."""
     end = tokenizer.get_vocab().get(END_OF_TURN)
     return end is None or end in stop_ids(model, tokenizer)
@@ -147,7 +144,7 @@ def greet(chat: Chat, args: ChatArguments) -> None:
     made = f"{record['stage']} of preset {record['preset']}, seed {record['seed']}, " if record else ""
     size = f"{parameter_count(chat.model) / 1e6:.1f} M parameters"
     way = "goes on from your text" if chat.raw else "answers instructions"
-    say = partial(runtime.console.print, markup=False)
+    say = partial(console.print, markup=False)
     say(f"{args.model_name_or_path}: {made}{size}; it {way}. {COMMANDS}", style="bold")
     if example := _example(record.get("config", {}).get("dataset"), chat.raw):
         say(f"for example: {example}")
@@ -196,9 +193,10 @@ def main(args: ChatArguments) -> None:
     greet(chat, args)
     with contextlib.suppress(ImportError):  # arrow keys and history of what was typed, where the platform has them
         import readline  # noqa: F401
-    sys.stdin.reconfigure(errors="replace")  # a byte that is no UTF-8 must not end the talk
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a byte that is no UTF-8 must not end the talk
     talk(chat, sys.stdin, sys.stdout)
 
 
 if __name__ == "__main__":
-    runtime.run(main, ChatArguments)
+    run(main, ChatArguments)

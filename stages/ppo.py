@@ -2,64 +2,48 @@
 
 from pathlib import Path
 
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
 from pipeline.errors import UserError
 from pipeline.model.load import fit_embeddings, load_critic, load_policy
 from pipeline.model.lora import add_lora
 from pipeline.ppo import PPOTrainer
 from pipeline.rewards import load_function, load_rewards, reward_names
-from pipeline.runtime import record as runtime
 from pipeline.runtime.arguments import PPOArguments
+from pipeline.runtime.console import run
+from pipeline.runtime.record import Stage
 from pipeline.text import data
 from pipeline.text.tokenizer import load_tokenizer
 
+# What a line on the screen has room for; metrics.jsonl has everything.
 SHOWN = (
-    "step",
-    "episode",
-    "objective/scores",
-    "objective/kl",
-    "objective/entropy",
-    "response/length",
-    "policy/approxkl_avg",
-    "val/explained_variance",
-    "episodes_per_s",
-    "eval/proxy",
-    "eval/gold",
-    "eval/win_rate",
-    "eval/kl",
-    "eval/length",
-    "seconds_left",
+    "step episode objective/scores objective/kl objective/entropy response/length policy/approxkl_avg "
+    "val/explained_variance episodes_per_s eval/proxy eval/gold eval/win_rate eval/kl eval/length seconds_left"
 )
-"""What a line on the screen has room for; metrics.jsonl has everything."""
 
 
 def main(args: PPOArguments) -> None:
     """Policy and reference start from the SFT model, the critic from the reward model unless it sits on the policy's
     trunk; the reward model stays fixed."""
-    rewards = {f"reward_{i}": r for i, r in enumerate(reward_names(args.reward)) if ":" not in r}
-    inputs = {"model": args.model_name_or_path, **rewards}
-    if not args.share_trunk:
-        inputs["critic"] = args.critic_name_or_path
-    stage = runtime.Stage(args, "ppo", inputs | {"dataset": args.dataset, "ptx_dataset": args.ptx_dataset})
-    stage.shown = SHOWN
+    inputs = {f"reward_{i}": r for i, r in enumerate(reward_names(args.reward)) if ":" not in r}
+    inputs |= {"model": args.model_name_or_path, "dataset": args.dataset}
+    optional = {"critic": None if args.share_trunk else args.critic_name_or_path, "ptx_dataset": args.ptx_dataset}
+    stage = Stage(args, "ppo", inputs | optional)
+    stage.shown = tuple(SHOWN.split())
     tokenizer = load_tokenizer(args.model_name_or_path)
-    policy = load_policy(args.model_name_or_path)
-    critic = None if args.share_trunk else load_critic(args.critic_name_or_path)
-    fit_embeddings(policy, tokenizer, args.model_name_or_path)
-    if critic is not None:
-        fit_embeddings(critic, tokenizer, args.critic_name_or_path)
-    if args.use_peft:
-        policy = add_lora(policy, args.lora_r, args.lora_alpha, args.lora_target_modules)
-        critic = critic and add_lora(critic, args.lora_r, args.lora_alpha)
+    policy, critic = load_models(args, tokenizer)
+    rewards = load_rewards(
+        args.reward,
+        args.reward_weights,
+        mixed_precision=args.mixed_precision,
+        ensemble=args.reward_ensemble,
+        uwo_coef=args.uwo_coef,
+    )
     trainer = PPOTrainer(
         policy=policy,
         reference=None,  # the policy as it is now
-        rewards=load_rewards(
-            args.reward,
-            args.reward_weights,
-            mixed_precision=args.mixed_precision,
-            ensemble=args.reward_ensemble,
-            uwo_coef=args.uwo_coef,
-        ),
+        rewards=rewards,
         critic=critic,
         args=args,
         train_dataset=data.load_prompts(args.dataset, split="ppo", seed=args.seed, size=args.dataset_size),
@@ -74,6 +58,19 @@ def main(args: PPOArguments) -> None:
     stage.finish(metrics, tokens=trainer.tokens)
 
 
+def load_models(args: PPOArguments, tokenizer: PreTrainedTokenizerFast) -> tuple[nn.Module, nn.Module | None]:
+    """Policy and critic, which is None where it is to sit on the policy's trunk; both with LoRA if asked."""
+    policy, critic = load_policy(args.model_name_or_path), None
+    fit_embeddings(policy, tokenizer, args.model_name_or_path)
+    if not args.share_trunk:
+        critic = load_critic(args.critic_name_or_path)
+        fit_embeddings(critic, tokenizer, args.critic_name_or_path)
+    if not args.use_peft:
+        return policy, critic
+    with_lora = add_lora(policy, args.lora_r, args.lora_alpha, args.lora_target_modules)
+    return with_lora, critic and add_lora(critic, args.lora_r, args.lora_alpha)
+
+
 def pretraining_text(args: PPOArguments) -> list[str] | None:
     """Documents for the mix of `ptx_coef`, or None where there is none. Raises UserError for half a setting."""
     if bool(args.ptx_coef) != bool(args.ptx_dataset):
@@ -84,4 +81,4 @@ def pretraining_text(args: PPOArguments) -> list[str] | None:
 
 
 if __name__ == "__main__":
-    runtime.run(main, PPOArguments)
+    run(main, PPOArguments)

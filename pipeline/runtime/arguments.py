@@ -4,7 +4,7 @@ pipeline/runtime/command_line.py fills them from a YAML file and the command lin
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.bounds import Count, CountOrZero, Decay, Even, NotNegative, Positive, PositiveShare, Seed
 from pipeline.ppo.config import PPOConfig
@@ -95,7 +95,27 @@ class TokenizerArguments(StageArguments):
 
 
 @dataclass
-class PretrainArguments(TrainingFields):
+class GPTShape:
+    """Shape of a GPT from random weights, under the names of transformers' Qwen3Config."""
+
+    max_position_embeddings: Count = 256
+    """Longest sequence the model will ever take: prompt and answer together."""
+    hidden_size: Count = 192
+    """Width of the residual stream."""
+    num_hidden_layers: Count = 4
+    """Transformer blocks."""
+    num_attention_heads: Count = 6
+    """Query heads."""
+    num_key_value_heads: Count = 6
+    """Key and value heads; fewer than query heads is grouped-query attention (arXiv 2305.13245)."""
+    head_dim: Even = 32
+    """Width of one head."""
+    intermediate_size: Count = 512
+    """Width of the SwiGLU MLP."""
+
+
+@dataclass
+class PretrainArguments(GPTShape, TrainingFields):
     """Pretrain a GPT from random weights on packed documents."""
 
     output_dir: str = "{run_dir}/pretrain"
@@ -124,20 +144,6 @@ class PretrainArguments(TrainingFields):
     """Bytes of held-out text for val_loss and val_bpb; none: all of the validation split."""
     block_size: Count = 128
     """Tokens in a training row; documents are packed into rows without padding, each token is predicted once."""
-    max_position_embeddings: Count = 256
-    """Longest sequence the model will ever take: prompt and answer together."""
-    hidden_size: Count = 192
-    """Width of the residual stream."""
-    num_hidden_layers: Count = 4
-    """Transformer blocks."""
-    num_attention_heads: Count = 6
-    """Query heads."""
-    num_key_value_heads: Count = 6
-    """Key and value heads; fewer than query heads is grouped-query attention (arXiv 2305.13245)."""
-    head_dim: Even = 32
-    """Width of one head."""
-    intermediate_size: Count = 512
-    """Width of the SwiGLU MLP."""
     rope_theta: Positive = 10_000.0
     """Base of the rotary positions' wavelengths: smaller ones tell near positions apart, larger ones far ones."""
     torch_compile: bool = False
@@ -314,3 +320,10 @@ class ChatArguments(RunArguments):
     """Sampling temperature; 0 always takes the likeliest token."""
     top_p: PositiveShare = 0.95
     """Sample from the smallest set of tokens with this much probability together (nucleus, arXiv 1904.09751)."""
+
+
+def replace_text(value: Any, old: str, new: str) -> Any:
+    """A field's value with `new` in place of `old`, in a text or in each of a list."""
+    if isinstance(value, list):
+        return [replace_text(part, old, new) for part in value]
+    return value.replace(old, new) if isinstance(value, str) else value

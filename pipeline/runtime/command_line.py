@@ -18,7 +18,7 @@ import yaml
 
 from pipeline.bounds import check_bounds
 from pipeline.errors import UserError
-from pipeline.runtime.arguments import RunArguments
+from pipeline.runtime.arguments import RunArguments, replace_text
 
 ArgumentsT = TypeVar("ArgumentsT", bound=RunArguments)
 # YAML's words, in a file as on the command line, for a field that takes such a value and not the word itself.
@@ -48,10 +48,7 @@ def parse(kind: type[ArgumentsT], argv: list[str] | None = None) -> ArgumentsT:
 def resolve(args: ArgumentsT) -> ArgumentsT:
     """Put the run's folder in place of `{run_dir}` in every text field. Raises UserError for a value out of bounds."""
     for name, value in dataclasses.asdict(args).items():
-        if isinstance(value, str):
-            setattr(args, name, value.replace("{run_dir}", args.run_dir))
-        elif isinstance(value, list):
-            setattr(args, name, [v.replace("{run_dir}", args.run_dir) if isinstance(v, str) else v for v in value])
+        setattr(args, name, replace_text(value, "{run_dir}", args.run_dir))
     check_bounds(args)
     return args
 
