@@ -7,6 +7,7 @@ sets how adventurous the sampling is. Prompts can also be piped in, one a line.
 import contextlib
 import io
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -61,16 +62,19 @@ class Chat:
     generator: torch.Generator
     turns: list[dict[str, str]] = field(default_factory=list)
 
+    @property
+    def context(self) -> float:
+        """Tokens that the model takes, prompt and answer together; inf where its configuration names no limit."""
+        return getattr(self.model.config, "max_position_embeddings", None) or math.inf
+
     def reply(self, text: str) -> Iterator[str]:
         """Stream the answer to `text`. Raises UserError, before the first piece, if it does not fit the context."""
         message = {"role": "user", "content": text}
         ids = self._fitting_prompt(message)
-        room = getattr(self.model.config, "max_position_embeddings", None)
-        new = self.max_new_tokens if room is None else min(self.max_new_tokens, room - len(ids))
         tokens = stream(
             self.model,
             ids,
-            max_new_tokens=new,
+            max_new_tokens=int(min(self.max_new_tokens, self.context - len(ids))),
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
             eos_token_id=stop_ids(self.model, self.tokenizer),
@@ -85,22 +89,16 @@ class Chat:
 
     def _fitting_prompt(self, message: dict[str, str]) -> list[int]:
         """The prompt's ids with as many of the latest turns as leave a quarter of the context for the answer."""
-        room = getattr(self.model.config, "max_position_embeddings", None)
         while True:
-            ids = self._prompt_ids([*self.turns, message])
-            if room is None or len(ids) <= room * 3 // 4:
+            messages = [*self.turns, message]
+            prompt = "".join(m["content"] for m in messages) if self.raw else messages
+            ids = prompt_ids(self.tokenizer, [prompt])[0] or [self.tokenizer.eos_token_id]
+            if self.turns and len(ids) > 0.75 * self.context:
+                del self.turns[:2]
+            elif len(ids) >= self.context:
+                raise UserError(f"that has {len(ids)} tokens and the model's context {self.context}; say it shorter")
+            else:
                 return ids
-            if not self.turns:
-                break
-            del self.turns[:2]
-        if len(ids) >= room:
-            raise UserError(f"that has {len(ids)} tokens and the model's context {room}; say it shorter")
-        return ids
-
-    def _prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        prompt = "".join(m["content"] for m in messages) if self.raw else messages
-        ids = prompt_ids(self.tokenizer, [prompt])[0]
-        return ids or [self.tokenizer.eos_token_id]
 
     def command(self, line: str) -> str:
         """Obey `/reset` or `/temperature X` and say what was done. Raises UserError for anything else."""
@@ -127,14 +125,11 @@ def open_chat(args: ChatArguments) -> Chat:
     fit_embeddings(model, tokenizer, args.model_name_or_path)
     sampling = Sampling(args.temperature, top_p=args.top_p)
     generator = torch.Generator(model.device).manual_seed(args.seed)
-    raw = args.raw or tokenizer.chat_template is None or not _ends_turns(model, tokenizer)
-    return Chat(model, tokenizer, raw, args.history and not raw, sampling, args.max_new_tokens, generator)
-
-
-def _ends_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether the model was taught to talk in turns: our tokenizer has the token for it before the model knows it."""
+    # Our tokenizer has the token that ends a turn before the model has learned to talk in turns.
     end = tokenizer.get_vocab().get(END_OF_TURN)
-    return end is None or end in stop_ids(model, tokenizer)
+    talks = tokenizer.chat_template is not None and (end is None or end in stop_ids(model, tokenizer))
+    raw = args.raw or not talks
+    return Chat(model, tokenizer, raw, args.history and not raw, sampling, args.max_new_tokens, generator)
 
 
 def greet(chat: Chat, args: ChatArguments) -> None:
@@ -162,27 +157,21 @@ def _example(dataset: str | None, raw: bool) -> str | None:
 def talk(chat: Chat, source: TextIO, out: TextIO) -> None:
     """Read lines until `/exit` or the end of input; stream answers to `out`. Ctrl-C stops an answer, then the chat."""
     typed = source.isatty()
-    while True:
-        try:
-            line = input("\n> ") if typed else source.readline()
-        except (EOFError, KeyboardInterrupt):
-            break
-        if not typed and not line:
-            break
-        line = line.strip()
-        if line == "/exit":
-            break
-        if not line:
-            continue
-        try:
-            pieces = [chat.command(line)] if line.startswith("/") else chat.reply(line)
-            for piece in pieces:
-                print(piece, end="", flush=True, file=out)
-        except UserError as error:
-            print(f"error: {error}", end="", file=out)
-        except KeyboardInterrupt:
-            pass
-        print(file=out, flush=True)
+    lines = iter(partial(input, "\n> "), "/exit") if typed else source
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        for line in map(str.strip, lines):
+            if line == "/exit":
+                break
+            if not line:
+                continue
+            try:
+                for piece in [chat.command(line)] if line.startswith("/") else chat.reply(line):
+                    print(piece, end="", flush=True, file=out)
+            except UserError as error:
+                print(f"error: {error}", end="", file=out)
+            except KeyboardInterrupt:
+                pass
+            print(file=out, flush=True)
     if typed:
         print(file=out)
 

@@ -34,6 +34,20 @@ class StageArguments(RunArguments):
 
 
 @dataclass
+class SamplingFields(StageArguments):
+    """Fields of the stages that sample answers (preferences, evaluate)."""
+
+    max_new_tokens: Count = 64
+    """Longest answer in tokens; PPO's response_length makes the comparison with it fair."""
+    temperature: NotNegative = 1.0
+    """Sampling temperature; every log-probability is taken of logits / temperature."""
+    batch_size: Count = 256
+    """Answers sampled at a time."""
+    mixed_precision: Precision = "auto"
+    """bf16: matrix products in bfloat16 while sampling and scoring; auto: where the GPU or CPU has it in hardware."""
+
+
+@dataclass
 class TrainingFields(StageArguments):
     """Fields of the stages that train with transformers' Trainer (pretrain, sft, reward), under its names."""
 
@@ -169,7 +183,7 @@ class SFTArguments(TrainingFields):
 
 
 @dataclass
-class PreferencesArguments(StageArguments):
+class PreferencesArguments(SamplingFields):
     """Make preference pairs: sample answers of the SFT policy and label them, or take pairs that people labelled."""
 
     output_dir: str = "{run_dir}/preferences"
@@ -190,14 +204,6 @@ class PreferencesArguments(StageArguments):
     """Held-out prompts for test.jsonl."""
     num_generations: Count = 4
     """Answers sampled a prompt; all pairs of them are labelled, ties dropped."""
-    max_new_tokens: Count = 64
-    """Longest answer in tokens."""
-    temperature: NotNegative = 1.0
-    """Sampling temperature."""
-    batch_size: Count = 256
-    """Answers sampled at a time."""
-    mixed_precision: Precision = "auto"
-    """bf16: matrix products in bfloat16; auto: where the GPU or CPU has it in hardware."""
 
 
 @dataclass
@@ -261,7 +267,7 @@ class PPOArguments(StageArguments, PPOConfig):
 
 
 @dataclass
-class EvaluateArguments(StageArguments):
+class EvaluateArguments(SamplingFields):
     """Judge the pretrained model, SFT, best-of-n and PPO on held-out prompts."""
 
     output_dir: str = "{run_dir}/evaluate"
@@ -282,16 +288,8 @@ class EvaluateArguments(StageArguments):
     """Held-out prompts at most."""
     best_of: Count = 16
     """n of best-of-n: SFT answers sampled a prompt."""
-    max_new_tokens: Count = 64
-    """Longest answer in tokens; PPO's response_length makes the comparison fair."""
-    temperature: NotNegative = 1.0
-    """Sampling temperature, as PPO's; every log-probability is taken of logits / temperature."""
-    batch_size: Count = 256
-    """Answers sampled at a time."""
     eval_batch_size: Count = 64
     """Answers scored in one forward pass."""
-    mixed_precision: Precision = "auto"
-    """bf16: matrix products in bfloat16 while sampling and scoring; log-probabilities are always taken in fp32."""
 
 
 @dataclass

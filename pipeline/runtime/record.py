@@ -16,8 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from functools import cached_property
+from collections.abc import Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Stage:
 
     resume_from  the checkpoint to go on from; None: from the beginning
     shown        names of the metrics to print, None for all; metrics.jsonl has all of them
+    progress     `console.progress_bar`, on the main process
     """
 
     def __init__(self, args: StageArguments, name: str, inputs: Mapping[str, str | None]) -> None:
@@ -53,6 +54,7 @@ class Stage:
         self.is_main = int(os.environ.get("RANK", "0")) == 0
         self.started, self.clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
         self.shown: tuple[str, ...] | None = None
+        self.progress = partial(progress_bar, shown=self.is_main)
         read = {key: path for key, path in inputs.items() if path and path not in GENERATORS}
         self.inputs = {key: fingerprint(name, key, path, args.run_dir) for key, path in read.items()}
         _check_writable(self.output_dir)
@@ -106,12 +108,6 @@ class Stage:
         """Print one line on the main process, above the progress bar."""
         if self.is_main:
             console.print(f"[bold]{self.name}[/bold]  {escape(sentence)}", soft_wrap=True)
-
-    def progress(
-        self, total: int, description: str, done: int = 0
-    ) -> contextlib.AbstractContextManager[Callable[..., None]]:
-        """A bar with speed and time left, on the main process; the context is a function `advance(n=1, text="")`."""
-        return progress_bar(total, description, done, shown=self.is_main)
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append one object to metrics.jsonl and print it as a readable line; main process only."""
