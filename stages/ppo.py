@@ -26,24 +26,26 @@ SHOWN = (
 def main(args: PPOArguments) -> None:
     """Policy and reference start from the SFT model, the critic from the reward model unless it sits on the policy's
     trunk; the reward model stays fixed."""
-    inputs = {f"reward_{i}": r for i, r in enumerate(reward_names(args.reward)) if ":" not in r}
-    inputs |= {"model": args.model_name_or_path, "dataset": args.dataset}
-    optional = {"critic": None if args.share_trunk else args.critic_name_or_path, "ptx_dataset": args.ptx_dataset}
-    stage = Stage(args, "ppo", inputs | optional)
+    rewards = {f"reward_{i}": r for i, r in enumerate(reward_names(args.reward)) if ":" not in r}
+    inputs = {
+        "model": args.model_name_or_path,
+        **rewards,
+        "critic": None if args.share_trunk else args.critic_name_or_path,
+    }
+    stage = Stage(args, "ppo", inputs | {"dataset": args.dataset, "ptx_dataset": args.ptx_dataset})
     stage.shown = tuple(SHOWN.split())
     tokenizer = load_tokenizer(args.model_name_or_path)
     policy, critic = load_models(args, tokenizer)
-    rewards = load_rewards(
-        args.reward,
-        args.reward_weights,
-        mixed_precision=args.mixed_precision,
-        ensemble=args.reward_ensemble,
-        uwo_coef=args.uwo_coef,
-    )
     trainer = PPOTrainer(
         policy=policy,
         reference=None,  # the policy as it is now
-        rewards=rewards,
+        rewards=load_rewards(
+            args.reward,
+            args.reward_weights,
+            mixed_precision=args.mixed_precision,
+            ensemble=args.reward_ensemble,
+            uwo_coef=args.uwo_coef,
+        ),
         critic=critic,
         args=args,
         train_dataset=data.load_prompts(args.dataset, split="ppo", seed=args.seed, size=args.dataset_size),
