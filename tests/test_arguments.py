@@ -91,6 +91,8 @@ def test_lists_and_none(tmp_path: Path) -> None:
         ("", ["--adam_beta2", "nan"], ["adam_beta2: nan must be"]),
         ("", ["--max_grad_norm"], ["command line", "max_grad_norm: '' is not of type float"]),
         ("max_steps: 1", ["--config=a.yaml"], ["a.yaml does not exist"]),
+        ("", ["--warmup_steps", "-1"], ["warmup_steps: -1 must be at least 0"]),
+        ("", ["--decay_share", "0"], ["decay_share: 0.0 must be above 0 and at most 1"]),
         ("", ["--weight_decay", "-1"], ["weight_decay: -1.0 must be at least 0"]),
     ],
 )
@@ -99,6 +101,19 @@ def test_mistakes_are_named(tmp_path: Path, yaml_text: str, words: list[str], pa
         parse(SFTArguments, ["--config", config(tmp_path, yaml_text), *words])
     assert all(part in str(error.value) for part in parts), error.value
     assert "\n" not in str(error.value)
+
+
+def test_bounds_hold_for_python_too() -> None:
+    for wrong, sentence in (
+        ({"head_dim": 31}, "head_dim: 31 must be at least 2 and a multiple of 2"),
+        ({"max_bytes": 0}, "max_bytes: 0 must be at least 1, or none"),
+        ({"seed": 2**32}, "seed: 4294967296 must be at least 0 and below 4294967296"),
+        ({"optimizer": "sgd"}, "optimizer: 'sgd' is none of 'muon', 'adamw'"),
+    ):
+        with pytest.raises(UserError) as error:
+            resolve(PretrainArguments(**wrong))
+        assert str(error.value) == sentence
+    assert resolve(PretrainArguments(max_bytes=None, validation_bytes=1, head_dim=2, seed=0, decay_share=1.0))
 
 
 def test_missing_config_file() -> None:
