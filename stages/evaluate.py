@@ -6,21 +6,9 @@ from typing import Any
 
 import torch
 
+from pipeline import judging
 from pipeline.checkpoint import write_json, write_jsonl
 from pipeline.errors import UserError
-from pipeline.judging import (
-    Judge,
-    Policy,
-    Verdict,
-    answer,
-    best_of,
-    best_of_n_kl,
-    bits_per_byte,
-    judge,
-    samples_of,
-    sequence_kl,
-    win_rate,
-)
 from pipeline.model.load import fit_embeddings, load_policy
 from pipeline.rewards import RewardModel, checked, load_function
 from pipeline.runtime.arguments import EvaluateArguments
@@ -50,21 +38,21 @@ def main(args: EvaluateArguments) -> None:
     scores: dict[str, Any] = {"policies": {name: verdict.figures for name, verdict in verdicts.items()}, "win_rate": {}}
     ours, theirs = verdicts["ppo"].gold, verdicts["sft"].gold
     if ours and theirs:
-        scores["win_rate"]["ppo_vs_sft"] = win_rate(ours, theirs, seed=args.seed)
+        scores["win_rate"]["ppo_vs_sft"] = judging.win_rate(ours, theirs, seed=args.seed)
     for name, verdict in verdicts.items():
         stage.log({f"{name}/{key}": value for key, value in verdict.figures.items()})
     write_json(stage.output_dir / "scores.json", scores | {"gold": args.gold, "num_prompts": len(prompts)})
-    write_jsonl(stage.output_dir / "samples.jsonl", samples_of(verdicts))
+    write_jsonl(stage.output_dir / "samples.jsonl", judging.samples_of(verdicts))
     stage.finish(scores)
 
 
-def load_policies(names: dict[str, str], stage: Stage) -> dict[str, Policy]:
+def load_policies(names: dict[str, str], stage: Stage) -> dict[str, judging.Policy]:
     """Open the models. Raises UserError if they do not share a vocabulary: then no KL is defined."""
-    policies: dict[str, Policy] = {}
+    policies: dict[str, judging.Policy] = {}
     for name, path in names.items():
         model, tokenizer = load_policy(path, stage.device), load_tokenizer(path)
         fit_embeddings(model, tokenizer, path)
-        policies[name] = Policy(model, tokenizer, plain=name == "pretrain")
+        policies[name] = judging.Policy(model, tokenizer, plain=name == "pretrain")
         if tokenizer.get_vocab() != policies["pretrain"].tokenizer.get_vocab():
             raise UserError(
                 f"{path} has another vocabulary than {names['pretrain']}; all policies must come from one model"
@@ -75,21 +63,21 @@ def load_policies(names: dict[str, str], stage: Stage) -> dict[str, Policy]:
 def judge_policies(
     args: EvaluateArguments,
     stage: Stage,
-    policies: dict[str, Policy],
+    policies: dict[str, judging.Policy],
     prompts: list[Any],
     *,
-    proxy: Judge,
-    gold: Judge | None,
+    proxy: judging.Judge,
+    gold: judging.Judge | None,
     advance: Callable[[int], None],
-) -> dict[str, Verdict]:
+) -> dict[str, judging.Verdict]:
     """Verdicts of pretrain, sft, best_of_<n> and ppo, in this order; `advance` is told how many answers are done."""
     sft, pretrained = policies["sft"], policies["pretrain"]
-    fluency = partial(bits_per_byte, pretrained.model, pretrained.tokenizer)
+    fluency = partial(judging.bits_per_byte, pretrained.model, pretrained.tokenizer)
     n, verdicts = args.best_of, {}
     for number, name in enumerate(("pretrain", "sft", f"best_of_{n}", "ppo")):
         policy = policies.get(name, sft)
         with stage.dtype_autocast():
-            answers = answer(
+            answers = judging.answer(
                 policy,
                 [prompt for prompt in prompts for _ in range(1 if name in policies else n)],
                 max_new_tokens=args.max_new_tokens,
@@ -101,11 +89,11 @@ def judge_policies(
             )
         scores = proxy(answers.prompts, answers.texts)
         if name in policies:
-            kl = 0.0 if policy is sft else sequence_kl(policy, sft, answers, args.temperature)
+            kl = 0.0 if policy is sft else judging.sequence_kl(policy, sft, answers, args.temperature)
         else:
-            best, kl = best_of(scores, n), best_of_n_kl(n)
+            best, kl = judging.best_of(scores, n), judging.best_of_n_kl(n)
             answers, scores = answers.take(best), [scores[i] for i in best]
-        verdicts[name] = judge(answers, proxy=scores, gold=gold, kl=kl, fluency=fluency, seed=args.seed)
+        verdicts[name] = judging.judge(answers, proxy=scores, gold=gold, kl=kl, fluency=fluency, seed=args.seed)
     return verdicts
 
 

@@ -15,9 +15,6 @@ from pipeline.runtime.record import Stage
 from pipeline.text import data
 from pipeline.text.tokenizer import END_OF_TURN, check_template, load_tokenizer
 
-# Our names of what TRL logs.
-NAMES = {"mean_token_accuracy": "token_accuracy", "eval_mean_token_accuracy": "eval_token_accuracy"}
-
 
 def main(args: SFTArguments) -> None:
     """Teach the model to answer: the loss is on the tokens of the answer and of its end, not on the prompt."""
@@ -29,10 +26,7 @@ def main(args: SFTArguments) -> None:
     trainer = build_trainer(args, stage, model, tokenizer, rows, held_out)
     kept = check_kept(args, stage, trainer, {"training": rows.num_rows, "held-out": held_out.num_rows})
 
-    def renamed(row: dict) -> dict:
-        return {NAMES.get(name, name): figure for name, figure in row.items()}
-
-    hf_trainer.train(trainer, hf_trainer.StageCallback(stage, translate=renamed))
+    hf_trainer.train(trainer, hf_trainer.StageCallback(stage))
     eval_loss = trainer.evaluate()["eval_loss"]
     model.generation_config.eos_token_id = [tokenizer.eos_token_id]  # an answer ends where the turn does
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -84,19 +78,16 @@ def check_kept(args: SFTArguments, stage: Stage, trainer: SFTTrainer, given: dic
     Returns the number of training rows that are learned from.
     """
     kept: dict[str, Any] = {"training": trainer.train_dataset, "held-out": trainer.eval_dataset}
-    left = {name: len(rows) for name, rows in kept.items()}
+    limit = f"max_length {args.max_length}"
     for name, rows in given.items():
-        if left[name] == 0:
+        left_out = rows - len(kept[name])
+        if left_out == rows:
             raise UserError(
-                f"sft: of none of the {rows} {name} rows the answer begins within max_length "
-                f"{args.max_length} tokens; raise max_length"
+                f"sft: of none of the {rows} {name} rows the answer begins within {limit} tokens; raise max_length"
             )
-        if left[name] < rows:
-            stage.say(
-                f"{rows - left[name]} of {rows} {name} rows are left out: their answers begin beyond max_length "
-                f"{args.max_length}"
-            )
-    return left["training"]
+        if left_out:
+            stage.say(f"{left_out} of {rows} {name} rows are left out: their answers begin beyond {limit}")
+    return len(kept["training"])
 
 
 if __name__ == "__main__":

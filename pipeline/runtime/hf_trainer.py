@@ -111,7 +111,8 @@ class StageCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
         skip = ("runtime", "per_second", "epoch", "total_flos", "train_loss", "entropy", "num_", "preparation")
-        row = self.translate({k: v for k, v in logs.items() if not any(s in k for s in skip)})
+        kept = {k: v for k, v in logs.items() if not any(s in k for s in skip)}
+        row = self.translate({k.replace("mean_token_accuracy", "token_accuracy"): v for k, v in kept.items()})
         if "loss" in logs:
             row |= self._speed(state)
         # The evaluation after training stands in the log already where the last step was evaluated too.
