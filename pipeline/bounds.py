@@ -4,10 +4,10 @@ The marks are those of the package annotated_types, which pydantic and others re
 dataclass that is filled, whether from a YAML file, the command line or Python.
 """
 
-from dataclasses import fields
+import operator
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from annotated_types import Ge, Gt, Interval, Le, Lt, MultipleOf
+from annotated_types import Ge, Gt, Interval, MultipleOf
 
 from pipeline.errors import UserError
 
@@ -16,17 +16,19 @@ CountOrZero = Annotated[int, Ge(0)]  # 0 where that means none
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
-Decay = Annotated[float, Interval(ge=0, lt=1)]  # of a running mean
+PositiveShare = Annotated[float, Interval(gt=0, le=1)]
 OpenShare = Annotated[float, Interval(gt=0, lt=1)]
+Decay = Annotated[float, Interval(ge=0, lt=1)]  # of a running average: at 1 it would never move
 Even = Annotated[int, Ge(2), MultipleOf(2)]
 Seed = Annotated[int, Interval(ge=0, lt=2**32)]
 
+# By the name of the attribute in which a mark holds its limit; an Interval has the first four.
 TESTS = {
-    Ge: ("at least", lambda value, limit: value >= limit),
-    Gt: ("above", lambda value, limit: value > limit),
-    Le: ("at most", lambda value, limit: value <= limit),
-    Lt: ("below", lambda value, limit: value < limit),
-    MultipleOf: ("a multiple of", lambda value, limit: value % limit == 0),
+    "ge": ("at least", operator.ge),
+    "gt": ("above", operator.gt),
+    "le": ("at most", operator.le),
+    "lt": ("below", operator.lt),
+    "multiple_of": ("a multiple of", lambda value, limit: value % limit == 0),
 }
 
 
@@ -43,9 +45,8 @@ def check_bounds(settings: Any) -> None:
 
 
 def _check(name: str, value: float, marks: tuple[Any, ...], or_none: str) -> None:
-    marks = tuple(part for mark in marks for part in (mark if isinstance(mark, Interval) else [mark]))
-    limits = [(TESTS[type(mark)], getattr(mark, fields(mark)[0].name)) for mark in marks]
-    if not all(test(value, limit) for (_, test), limit in limits):
-        raise UserError(
-            f"{name}: {value} must be {' and '.join(f'{sign} {limit}' for (sign, _), limit in limits)}{or_none}"
-        )
+    found = [(TESTS[kind], getattr(mark, kind, None)) for mark in marks for kind in TESTS]
+    limits = [(words, test, limit) for (words, test), limit in found if limit is not None]
+    if not all(test(value, limit) for _, test, limit in limits):
+        must = " and ".join(f"{words} {limit}" for words, _, limit in limits)
+        raise UserError(f"{name}: {value} must be {must}{or_none}")

@@ -5,7 +5,9 @@ sets how adventurous the sampling is. Prompts can also be piped in, one a line.
 """
 
 import contextlib
+import io
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,21 +16,21 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pipeline.errors import UserError
 from pipeline.judging import plain_text
 from pipeline.model.load import fit_embeddings, load_policy, parameter_count
 from pipeline.model.sampler import Sampling, stream
-from pipeline.runtime import record as runtime
 from pipeline.runtime.arguments import ChatArguments
+from pipeline.runtime.console import console, run
 from pipeline.text import data
-from pipeline.text.tokenizer import END_OF_TURN, load_tokenizer, prompt_ids, stop_ids
+from pipeline.text.tokenizer import END_OF_TURN, answer_texts, load_tokenizer, prompt_ids, stop_ids
 
 COMMANDS = "/exit, /reset, /temperature X"
 
 
-def stream_text(tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def stream_text(tokens: Iterable[int], tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
     """Text pieces of tokens as they come; joined they are the tokens' decoded text.
 
     A byte-level token may end inside a character. Such an end decodes to U+FFFD and is held back until the character
@@ -38,17 +40,13 @@ def stream_text(tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> It
     shown = ""
     for token in tokens:
         ids.append(token)
-        whole = _decode(tokenizer, ids).rstrip("\ufffd")
+        whole = answer_texts(tokenizer, [ids])[0].rstrip("\ufffd")
         if len(whole) > len(shown):
             yield whole[len(shown) :]
             shown = whole
-    rest = _decode(tokenizer, ids)[len(shown) :]
+    rest = answer_texts(tokenizer, [ids])[0][len(shown) :]
     if rest:
         yield rest
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 @dataclass
@@ -56,7 +54,7 @@ class Chat:
     """A conversation with a model. `raw`: no template, the model goes on from the text alone."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerFast
     raw: bool
     history: bool
     sampling: Sampling
@@ -64,16 +62,19 @@ class Chat:
     generator: torch.Generator
     turns: list[dict[str, str]] = field(default_factory=list)
 
+    @property
+    def context(self) -> float:
+        """Tokens that the model takes, prompt and answer together; inf where its configuration names no limit."""
+        return getattr(self.model.config, "max_position_embeddings", None) or math.inf
+
     def reply(self, text: str) -> Iterator[str]:
         """Stream the answer to `text`. Raises UserError, before the first piece, if it does not fit the context."""
         message = {"role": "user", "content": text}
         ids = self._fitting_prompt(message)
-        room = getattr(self.model.config, "max_position_embeddings", None)
-        new = self.max_new_tokens if room is None else min(self.max_new_tokens, room - len(ids))
         tokens = stream(
             self.model,
             ids,
-            max_new_tokens=new,
+            max_new_tokens=int(min(self.max_new_tokens, self.context - len(ids))),
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
             eos_token_id=stop_ids(self.model, self.tokenizer),
@@ -88,22 +89,16 @@ class Chat:
 
     def _fitting_prompt(self, message: dict[str, str]) -> list[int]:
         """The prompt's ids with as many of the latest turns as leave a quarter of the context for the answer."""
-        room = getattr(self.model.config, "max_position_embeddings", None)
         while True:
-            ids = self._prompt_ids([*self.turns, message])
-            if room is None or len(ids) <= room * 3 // 4:
+            messages = [*self.turns, message]
+            prompt = "".join(m["content"] for m in messages) if self.raw else messages
+            ids = prompt_ids(self.tokenizer, [prompt])[0] or [self.tokenizer.eos_token_id]
+            if self.turns and len(ids) > 0.75 * self.context:
+                del self.turns[:2]
+            elif len(ids) >= self.context:
+                raise UserError(f"that has {len(ids)} tokens and the model's context {self.context}; say it shorter")
+            else:
                 return ids
-            if not self.turns:
-                break
-            del self.turns[:2]
-        if len(ids) >= room:
-            raise UserError(f"that has {len(ids)} tokens and the model's context {room}; say it shorter")
-        return ids
-
-    def _prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        prompt = "".join(m["content"] for m in messages) if self.raw else messages
-        ids = prompt_ids(self.tokenizer, [prompt])[0]
-        return ids or [self.tokenizer.eos_token_id]
 
     def command(self, line: str) -> str:
         """Obey `/reset` or `/temperature X` and say what was done. Raises UserError for anything else."""
@@ -130,14 +125,11 @@ def open_chat(args: ChatArguments) -> Chat:
     fit_embeddings(model, tokenizer, args.model_name_or_path)
     sampling = Sampling(args.temperature, top_p=args.top_p)
     generator = torch.Generator(model.device).manual_seed(args.seed)
-    raw = args.raw or tokenizer.chat_template is None or not _ends_turns(model, tokenizer)
-    return Chat(model, tokenizer, raw, args.history and not raw, sampling, args.max_new_tokens, generator)
-
-
-def _ends_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the model was taught to talk in turns: our tokenizer has the token for it before the model knows it."""
+    # Our tokenizer has the token that ends a turn before the model has learned to talk in turns.
     end = tokenizer.get_vocab().get(END_OF_TURN)
-    return end is None or end in stop_ids(model, tokenizer)
+    talks = tokenizer.chat_template is not None and (end is None or end in stop_ids(model, tokenizer))
+    raw = args.raw or not talks
+    return Chat(model, tokenizer, raw, args.history and not raw, sampling, args.max_new_tokens, generator)
 
 
 def greet(chat: Chat, args: ChatArguments) -> None:
@@ -147,7 +139,7 @@ def greet(chat: Chat, args: ChatArguments) -> None:
     made = f"{record['stage']} of preset {record['preset']}, seed {record['seed']}, " if record else ""
     size = f"{parameter_count(chat.model) / 1e6:.1f} M parameters"
     way = "goes on from your text" if chat.raw else "answers instructions"
-    say = partial(runtime.console.print, markup=False)
+    say = partial(console.print, markup=False)
     say(f"{args.model_name_or_path}: {made}{size}; it {way}. {COMMANDS}", style="bold")
     if example := _example(record.get("config", {}).get("dataset"), chat.raw):
         say(f"for example: {example}")
@@ -165,27 +157,21 @@ def _example(dataset: str | None, raw: bool) -> str | None:
 def talk(chat: Chat, source: TextIO, out: TextIO) -> None:
     """Read lines until `/exit` or the end of input; stream answers to `out`. Ctrl-C stops an answer, then the chat."""
     typed = source.isatty()
-    while True:
-        try:
-            line = input("\n> ") if typed else source.readline()
-        except (EOFError, KeyboardInterrupt):
-            break
-        if not typed and not line:
-            break
-        line = line.strip()
-        if line == "/exit":
-            break
-        if not line:
-            continue
-        try:
-            pieces = [chat.command(line)] if line.startswith("/") else chat.reply(line)
-            for piece in pieces:
-                print(piece, end="", flush=True, file=out)
-        except UserError as error:
-            print(f"error: {error}", end="", file=out)
-        except KeyboardInterrupt:
-            pass
-        print(file=out, flush=True)
+    lines = iter(partial(input, "\n> "), "/exit") if typed else source
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        for line in map(str.strip, lines):
+            if line == "/exit":
+                break
+            if not line:
+                continue
+            try:
+                for piece in [chat.command(line)] if line.startswith("/") else chat.reply(line):
+                    print(piece, end="", flush=True, file=out)
+            except UserError as error:
+                print(f"error: {error}", end="", file=out)
+            except KeyboardInterrupt:
+                pass
+            print(file=out, flush=True)
     if typed:
         print(file=out)
 
@@ -196,9 +182,10 @@ def main(args: ChatArguments) -> None:
     greet(chat, args)
     with contextlib.suppress(ImportError):  # arrow keys and history of what was typed, where the platform has them
         import readline  # noqa: F401
-    sys.stdin.reconfigure(errors="replace")  # a byte that is no UTF-8 must not end the talk
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a byte that is no UTF-8 must not end the talk
     talk(chat, sys.stdin, sys.stdout)
 
 
 if __name__ == "__main__":
-    runtime.run(main, ChatArguments)
+    run(main, ChatArguments)

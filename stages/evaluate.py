@@ -1,31 +1,19 @@
 """Judge the policies on held-out prompts: `python -m stages.evaluate --config configs/stories/evaluate.yaml`."""
 
-import json
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
-from pipeline.checkpoint import write_json
+from pipeline import judging
+from pipeline.checkpoint import write_json, write_jsonl
 from pipeline.errors import UserError
-from pipeline.judging import (
-    Answers,
-    Judge,
-    Policy,
-    Verdict,
-    answer,
-    best_of,
-    best_of_n_kl,
-    bits_per_byte,
-    judge,
-    samples_of,
-    sequence_kl,
-    win_rate,
-)
 from pipeline.model.load import fit_embeddings, load_policy
 from pipeline.rewards import RewardModel, checked, load_function
-from pipeline.runtime import record as runtime
 from pipeline.runtime.arguments import EvaluateArguments
+from pipeline.runtime.console import run
+from pipeline.runtime.record import Stage
 from pipeline.text import data
 from pipeline.text.tokenizer import load_tokenizer
 from reward_data.formats import answer_to
@@ -33,40 +21,38 @@ from reward_data.formats import answer_to
 
 def main(args: EvaluateArguments) -> None:
     """Write scores.json (figures by policy, win rate) and samples.jsonl (every answer with its scores)."""
-    if args.best_of < 1:
-        raise UserError(f"best_of: {args.best_of} is too small; give a positive whole number")
     names = {"pretrain": args.pretrain_model, "sft": args.sft_model, "ppo": args.ppo_model}
-    inputs = names | {"reward": args.reward_model, "dataset": args.dataset}
-    stage = runtime.Stage(args, "evaluate", inputs)
+    stage = Stage(args, "evaluate", {**names, "reward": args.reward_model, "dataset": args.dataset})
     if not stage.is_main:  # a minute's work: one process does it
         return
     policies = load_policies(names, stage)
-    rows = data.load_prompts(args.dataset, split="test", seed=args.seed, size=args.num_prompts).to_dict()
-    prompts = rows.pop("prompt")
-    gold = partial(_judged, load_function(args.gold), f"gold {args.gold}", rows) if args.gold else None
+    columns = data.load_prompts(args.dataset, split="test", seed=args.seed, size=args.num_prompts).to_dict()
+    prompts = columns.pop("prompt")
+    gold = partial(_judged, load_function(args.gold), f"gold {args.gold}", columns) if args.gold else None
     reward = RewardModel(args.reward_model, stage.device, args.mixed_precision, args.eval_batch_size)
-    proxy = partial(_judged, reward, f"proxy {args.reward_model}", rows)
+    proxy = partial(_judged, reward, f"proxy {args.reward_model}", columns)
 
-    verdicts = judge_all(args, stage, policies, prompts, proxy, gold)
+    with stage.progress((3 + args.best_of) * len(prompts), "evaluate") as advance:
+        verdicts = judge_policies(args, stage, policies, prompts, proxy=proxy, gold=gold, advance=advance)
     stage.begin()
     scores: dict[str, Any] = {"policies": {name: verdict.figures for name, verdict in verdicts.items()}, "win_rate": {}}
-    if gold:
-        scores["win_rate"]["ppo_vs_sft"] = win_rate(verdicts["ppo"].gold, verdicts["sft"].gold, seed=args.seed)
+    ours, theirs = verdicts["ppo"].gold, verdicts["sft"].gold
+    if ours and theirs:
+        scores["win_rate"]["ppo_vs_sft"] = judging.win_rate(ours, theirs, seed=args.seed)
     for name, verdict in verdicts.items():
         stage.log({f"{name}/{key}": value for key, value in verdict.figures.items()})
     write_json(stage.output_dir / "scores.json", scores | {"gold": args.gold, "num_prompts": len(prompts)})
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in samples_of(verdicts))
-    (stage.output_dir / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_jsonl(stage.output_dir / "samples.jsonl", judging.samples_of(verdicts))
     stage.finish(scores)
 
 
-def load_policies(names: dict[str, str], stage: runtime.Stage) -> dict[str, Policy]:
+def load_policies(names: dict[str, str], stage: Stage) -> dict[str, judging.Policy]:
     """Open the models. Raises UserError if they do not share a vocabulary: then no KL is defined."""
-    policies = {}
+    policies: dict[str, judging.Policy] = {}
     for name, path in names.items():
         model, tokenizer = load_policy(path, stage.device), load_tokenizer(path)
         fit_embeddings(model, tokenizer, path)
-        policies[name] = Policy(model, tokenizer, plain=name == "pretrain")
+        policies[name] = judging.Policy(model, tokenizer, plain=name == "pretrain")
         if tokenizer.get_vocab() != policies["pretrain"].tokenizer.get_vocab():
             raise UserError(
                 f"{path} has another vocabulary than {names['pretrain']}; all policies must come from one model"
@@ -74,41 +60,40 @@ def load_policies(names: dict[str, str], stage: runtime.Stage) -> dict[str, Poli
     return policies
 
 
-def judge_all(
+def judge_policies(
     args: EvaluateArguments,
-    stage: runtime.Stage,
-    policies: dict[str, Policy],
-    prompts: list,
-    proxy: Judge,
-    gold: Judge | None,
-) -> dict[str, Verdict]:
-    """Verdicts of pretrain, sft, best_of_<n> and ppo, in this order."""
+    stage: Stage,
+    policies: dict[str, judging.Policy],
+    prompts: list[Any],
+    *,
+    proxy: judging.Judge,
+    gold: judging.Judge | None,
+    advance: Callable[[int], None],
+) -> dict[str, judging.Verdict]:
+    """Verdicts of pretrain, sft, best_of_<n> and ppo, in this order; `advance` is told how many answers are done."""
     sft, pretrained = policies["sft"], policies["pretrain"]
-    fluency = partial(bits_per_byte, pretrained.model, pretrained.tokenizer)
+    fluency = partial(judging.bits_per_byte, pretrained.model, pretrained.tokenizer)
     n, verdicts = args.best_of, {}
-    with stage.progress((3 + n) * len(prompts), "evaluate") as advance:
-        for number, name in enumerate(("pretrain", "sft", f"best_of_{n}", "ppo")):
-            policy = policies.get(name, sft)
-            asked = [prompt for prompt in prompts for _ in range(1 if name in policies else n)]
-            # A generator of its own: the answers of one policy do not depend on what the others said
-            generator = torch.Generator(stage.device).manual_seed(1000 * args.seed + number)
-            with stage.dtype_autocast():
-                answers: Answers = answer(
-                    policy,
-                    asked,
-                    max_new_tokens=args.max_new_tokens,
-                    temperature=args.temperature,
-                    batch_size=args.batch_size,
-                    generator=generator,
-                    advance=advance,
-                )
-            scores = proxy(answers.prompts, answers.texts)
-            if name in policies:
-                kl = 0.0 if policy is sft else sequence_kl(policy, sft, answers, args.temperature)
-            else:
-                best, kl = best_of(scores, n), best_of_n_kl(n)
-                answers, scores = answers.take(best), [scores[i] for i in best]
-            verdicts[name] = judge(answers, proxy=scores, gold=gold, kl=kl, fluency=fluency, seed=args.seed)
+    for number, name in enumerate(("pretrain", "sft", f"best_of_{n}", "ppo")):
+        policy = policies.get(name, sft)
+        with stage.dtype_autocast():
+            answers = judging.answer(
+                policy,
+                [prompt for prompt in prompts for _ in range(1 if name in policies else n)],
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature,
+                batch_size=args.batch_size,
+                # A generator of its own: the answers of one policy do not depend on what the others said
+                generator=torch.Generator(stage.device).manual_seed(1000 * args.seed + number),
+                advance=advance,
+            )
+        scores = proxy(answers.prompts, answers.texts)
+        if name in policies:
+            kl = 0.0 if policy is sft else judging.sequence_kl(policy, sft, answers, args.temperature)
+        else:
+            best, kl = judging.best_of(scores, n), judging.best_of_n_kl(n)
+            answers, scores = answers.take(best), [scores[i] for i in best]
+        verdicts[name] = judging.judge(answers, proxy=scores, gold=gold, kl=kl, fluency=fluency, seed=args.seed)
     return verdicts
 
 
@@ -121,4 +106,4 @@ def _judged(function: Any, name: str, columns: dict[str, list], prompts: list, t
 
 
 if __name__ == "__main__":
-    runtime.run(main, EvaluateArguments)
+    run(main, EvaluateArguments)

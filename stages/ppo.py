@@ -2,56 +2,41 @@
 
 from pathlib import Path
 
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
 from pipeline.errors import UserError
 from pipeline.model.load import fit_embeddings, load_critic, load_policy
 from pipeline.model.lora import add_lora
 from pipeline.ppo import PPOTrainer
 from pipeline.ppo.advantages import ESTIMATORS
 from pipeline.rewards import load_function, load_rewards, reward_names
-from pipeline.runtime import record as runtime
-from pipeline.runtime.arguments import PPOArguments
+from pipeline.runtime.console import run
+from pipeline.runtime.ppo_arguments import PPOArguments
+from pipeline.runtime.record import Stage
 from pipeline.text import data
 from pipeline.text.tokenizer import load_tokenizer
 
+# What a line on the screen has room for; metrics.jsonl has everything.
 SHOWN = (
-    "step",
-    "episode",
-    "objective/scores",
-    "objective/kl",
-    "objective/entropy",
-    "response/length",
-    "policy/approxkl_avg",
-    "val/explained_variance",
-    "episodes_per_s",
-    "eval/proxy",
-    "eval/gold",
-    "eval/win_rate",
-    "eval/kl",
-    "eval/length",
-    "seconds_left",
+    "step episode objective/scores objective/kl objective/entropy response/length policy/approxkl_avg "
+    "val/explained_variance episodes_per_s eval/proxy eval/gold eval/win_rate eval/kl eval/length seconds_left"
 )
-"""What a line on the screen has room for; metrics.jsonl has everything."""
 
 
 def main(args: PPOArguments) -> None:
     """Policy and reference start from the SFT model, the critic from the reward model unless it sits on the policy's
     trunk; the reward model stays fixed."""
     rewards = {f"reward_{i}": r for i, r in enumerate(reward_names(args.reward)) if ":" not in r}
-    inputs = {"model": args.model_name_or_path, **rewards}
-    needs_critic = ESTIMATORS[args.advantage_estimator].needs_critic and not args.share_trunk
-    if needs_critic:
-        inputs["critic"] = args.critic_name_or_path
-    stage = runtime.Stage(args, "ppo", inputs | {"dataset": args.dataset, "ptx_dataset": args.ptx_dataset})
-    stage.shown = SHOWN
+    inputs = {
+        "model": args.model_name_or_path,
+        **rewards,
+        "critic": args.critic_name_or_path if has_critic_network(args) else None,
+    }
+    stage = Stage(args, "ppo", inputs | {"dataset": args.dataset, "ptx_dataset": args.ptx_dataset})
+    stage.shown = tuple(SHOWN.split())
     tokenizer = load_tokenizer(args.model_name_or_path)
-    policy = load_policy(args.model_name_or_path)
-    critic = load_critic(args.critic_name_or_path) if needs_critic else None
-    fit_embeddings(policy, tokenizer, args.model_name_or_path)
-    if critic is not None:
-        fit_embeddings(critic, tokenizer, args.critic_name_or_path)
-    if args.use_peft:
-        policy = add_lora(policy, args.lora_r, args.lora_alpha, args.lora_target_modules)
-        critic = critic and add_lora(critic, args.lora_r, args.lora_alpha)
+    policy, critic = load_models(args, tokenizer)
     trainer = PPOTrainer(
         policy,
         load_rewards(
@@ -75,6 +60,24 @@ def main(args: PPOArguments) -> None:
     stage.finish(metrics, tokens=trainer.state.tokens)
 
 
+def has_critic_network(args: PPOArguments) -> bool:
+    """Whether a critic of its own network learns beside the policy."""
+    return ESTIMATORS[args.advantage_estimator].needs_critic and not args.share_trunk
+
+
+def load_models(args: PPOArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[nn.Module, nn.Module | None]:
+    """Policy and critic, which is None where it has no network of its own; both with LoRA if asked."""
+    policy, critic = load_policy(args.model_name_or_path), None
+    fit_embeddings(policy, tokenizer, args.model_name_or_path)
+    if has_critic_network(args):
+        critic = load_critic(args.critic_name_or_path)
+        fit_embeddings(critic, tokenizer, args.critic_name_or_path)
+    if not args.use_peft:
+        return policy, critic
+    with_lora = add_lora(policy, args.lora_r, args.lora_alpha, args.lora_target_modules)
+    return with_lora, critic and add_lora(critic, args.lora_r, args.lora_alpha)
+
+
 def pretraining_text(args: PPOArguments) -> list[str] | None:
     """Documents for the mix of `ptx_coef`, or None where there is none. Raises UserError for half a setting."""
     if bool(args.ptx_coef) != bool(args.ptx_dataset):
@@ -85,4 +88,4 @@ def pretraining_text(args: PPOArguments) -> list[str] | None:
 
 
 if __name__ == "__main__":
-    runtime.run(main, PPOArguments)
+    run(main, PPOArguments)

@@ -1,10 +1,15 @@
 """Pretrain a GPT from random weights: `python -m stages.pretrain --config configs/stories/pretrain.yaml`."""
 
 import math
+from dataclasses import fields
+from functools import partial
 from itertools import islice
+from typing import Any, cast
 
+import numpy as np
 import torch
-from transformers import Qwen3Config, Trainer, TrainingArguments
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from pipeline.errors import UserError
@@ -13,18 +18,10 @@ from pipeline.model.bigram import BigramLanguageModel, bits_per_byte
 from pipeline.model.flops import flops_per_token, matmul_peak
 from pipeline.model.gpt import GPTForCausalLM
 from pipeline.model.load import fit_embeddings, load_policy, parameter_count
-from pipeline.runtime import record as runtime
-from pipeline.runtime.arguments import PretrainArguments
-from pipeline.runtime.hf_trainer import (
-    StageCallback,
-    attach,
-    optimizer_kwargs,
-    peak_memory_mb,
-    save_model,
-    train,
-    training_kwargs,
-    why_not_compile,
-)
+from pipeline.runtime import hf_trainer
+from pipeline.runtime.arguments import GPTShape, PretrainArguments
+from pipeline.runtime.console import run
+from pipeline.runtime.record import Stage
 from pipeline.text import data
 from pipeline.text.packing import Packed, StreamedRows, collate, pack
 from pipeline.text.tokenizer import load_tokenizer
@@ -36,57 +33,40 @@ BIGRAM_ROWS = 20_000  # of a stream, to fit the bigram on
 def main(args: PretrainArguments) -> None:
     """Pack documents into rows, train on next tokens, report held-out bits per byte beside a bigram's."""
     inputs = {"tokenizer": args.tokenizer_name_or_path, "model": args.model_name_or_path, "dataset": args.dataset}
-    stage = runtime.Stage(args, "pretrain", inputs)
-    settings = {**training_kwargs(args, stage), "remove_unused_columns": False}  # the guard wants the rows' numbers
+    stage = Stage(args, "pretrain", inputs)
     tokenizer = load_tokenizer(args.tokenizer_name_or_path)
     model = build_model(args, tokenizer)
     training, held_out = load(args, tokenizer)
-    reason = why_not_compile() if args.torch_compile else None
-    if reason:
-        stage.say(f"torch.compile does not work here ({reason}): training goes on without it")
-
-    def held_out_figures(loss: float) -> dict[str, float]:
-        return {
-            "val_loss": loss,
-            "val_bpb": bits_per_byte(loss, held_out.tokens, held_out.bytes),
-            "val_nats_per_char": loss * held_out.tokens / held_out.characters,
-        }
-
-    def translate(row: dict) -> dict:
-        if "eval_loss" in row:
-            return held_out_figures(row["eval_loss"])
-        if "loss" in row and training.bytes:  # of several processes, only the main one reads a stream
-            return {"loss": row["loss"], "bpb": bits_per_byte(row["loss"], training.tokens, training.bytes), **row}
-        return row
-
     trainer = PretrainTrainer(
         model=model,
-        train_dataset=training if args.streaming else training.rows,
+        train_dataset=training if isinstance(training, StreamedRows) else training.rows,
         eval_dataset=held_out.rows,
-        args=TrainingArguments(**settings, torch_compile=args.torch_compile and not reason),
+        args=training_arguments(args, stage),
         data_collator=collate,
         processing_class=tokenizer,
-        optimizer_cls_and_kwargs=optimizer_kwargs(args),
+        optimizer_cls_and_kwargs=hf_trainer.optimizer_kwargs(args),
     )
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * trainer.args.world_size
-    tokens = rows_per_step * (args.block_size - 1) * args.max_steps
-    callback = StageCallback(stage, tokens / args.max_steps, translate, peak_tokens_per_s(args, trainer))
+    tokens_per_step = rows_per_step * (args.block_size - 1)
+    tokens = tokens_per_step * args.max_steps
     seen = "read as a stream" if args.streaming else f"each seen {tokens / training.tokens:.2g} times"
     stage.say(f"{parameter_count(model):,} parameters, {tokens:,} training tokens, {seen}")
-    attach(trainer, callback)
-    train(trainer, stage)
-    if args.streaming:
-        stage.say(f"{training.texts.documents:,} documents were read, {training.texts.duplicates:,} of them duplicates")
+    translate = partial(with_bits_per_byte, training=training, held_out=held_out)
+    callback = hf_trainer.StageCallback(stage, tokens_per_step, translate, peak_tokens_per_s(args, trainer))
+    hf_trainer.train(trainer, callback)
+    if isinstance(training, StreamedRows):
+        texts: Any = training.texts
+        stage.say(f"{texts.documents:,} documents were read, {texts.duplicates:,} of them duplicates")
 
     val_loss = trainer.evaluate()["eval_loss"]
-    save_model(trainer, stage)
+    hf_trainer.save_model(trainer, stage)
     metrics = {
-        **held_out_figures(val_loss),
+        **held_out_figures(val_loss, held_out),
         "bigram_bpb": bigram_bpb(training, held_out, len(tokenizer)) if stage.is_main else None,
         "uniform_bpb": bits_per_byte(math.log(len(tokenizer)), held_out.tokens, held_out.bytes),
         "tokens_per_s": callback.tokens_per_second,
         "mfu": callback.mfu,
-        "memory_mb": peak_memory_mb(),
+        "memory_mb": hf_trainer.peak_memory_mb(),
         "parameters": parameter_count(model),
     }
     stage.finish({name: figure for name, figure in metrics.items() if figure is not None}, tokens=tokens)
@@ -97,17 +77,17 @@ class PretrainTrainer(Trainer):
 
     def evaluation_loop(self, *_: object, metric_key_prefix: str = "eval", **__: object) -> EvalLoopOutput:
         """Mean nats of all predicted tokens of eval_dataset, over all processes."""
-        self.model.eval()
-        size, process, processes = self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size
-        sums = torch.tensor(held_out_nats(self.model, self.eval_dataset, size, process, processes), dtype=torch.float64)
-        nats, tokens = self.accelerator.reduce(sums.to(self.args.device)).tolist()
+        model, rows, settings = cast(PreTrainedModel, self.model).eval(), cast(Dataset, self.eval_dataset), self.args
+        share = settings.per_device_eval_batch_size, settings.process_index, settings.world_size
+        sums = torch.tensor(held_out_nats(model, rows, *share), dtype=torch.float64)
+        nats, tokens = self.accelerator.reduce(sums.to(settings.device)).tolist()
         metrics = {f"{metric_key_prefix}_loss": nats / tokens}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
+        return EvalLoopOutput((np.empty(0),), label_ids=None, metrics=metrics, num_samples=len(rows))
 
 
-def load(args: PretrainArguments, tokenizer: object) -> tuple[Packed | StreamedRows, Packed]:
+def load(args: PretrainArguments, tokenizer: PreTrainedTokenizerFast) -> tuple[Packed | StreamedRows, Packed]:
     """Training and held-out text in rows of tokens; no held-out document is in the training text."""
-    where = {"seed": args.seed, "text_column": args.text_column}
+    where: dict[str, Any] = {"seed": args.seed, "text_column": args.text_column}
     texts = data.load_texts(
         args.dataset, split="validation", max_bytes=args.validation_bytes, streaming=args.streaming, **where
     )
@@ -119,7 +99,7 @@ def load(args: PretrainArguments, tokenizer: object) -> tuple[Packed | StreamedR
     return pack(data.load_texts(args.dataset, **where), tokenizer, args.block_size), held_out
 
 
-def build_model(args: PretrainArguments, tokenizer: object) -> torch.nn.Module:
+def build_model(args: PretrainArguments, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """A GPT with random weights of the configured shape, or the weights of `model_name_or_path`."""
     if args.model_name_or_path:
         model = load_policy(args.model_name_or_path)
@@ -130,25 +110,46 @@ def build_model(args: PretrainArguments, tokenizer: object) -> torch.nn.Module:
         raise UserError(f"block_size {args.block_size} is longer than max_position_embeddings {limit}")
     if args.num_attention_heads % args.num_key_value_heads:
         raise UserError("num_attention_heads must be a multiple of num_key_value_heads")
-    shape = (
-        "max_position_embeddings",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "intermediate_size",
-    )
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=True,
         use_cache=False,
-        **{name: getattr(args, name) for name in shape},
+        **{field.name: getattr(args, field.name) for field in fields(GPTShape)},
         rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
     )
     return GPTForCausalLM(config).train()
+
+
+def training_arguments(args: PretrainArguments, stage: Stage) -> TrainingArguments:
+    """The Trainer's settings; where torch.compile does not work, that is said and it stays off."""
+    reason = hf_trainer.why_not_compile() if args.torch_compile else None
+    if reason:
+        stage.say(f"torch.compile does not work here ({reason}): training goes on without it")
+    return TrainingArguments(
+        **hf_trainer.training_kwargs(args, stage),
+        remove_unused_columns=False,  # the guard wants the rows' numbers
+        torch_compile=args.torch_compile and not reason,
+    )
+
+
+def with_bits_per_byte(row: dict, training: Packed | StreamedRows, held_out: Packed) -> dict:
+    """What the Trainer logs, with the loss in bits per byte beside it."""
+    if "eval_loss" in row:
+        return held_out_figures(row["eval_loss"], held_out)
+    if "loss" in row and training.bytes:  # of several processes, only the main one reads a stream
+        return {"loss": row["loss"], "bpb": bits_per_byte(row["loss"], training.tokens, training.bytes), **row}
+    return row
+
+
+def held_out_figures(loss: float, held_out: Packed) -> dict[str, float]:
+    """`loss` in nats a token, in bits a byte and in nats a character."""
+    return {
+        "val_loss": loss,
+        "val_bpb": bits_per_byte(loss, held_out.tokens, held_out.bytes),
+        "val_nats_per_char": loss * held_out.tokens / held_out.characters,
+    }
 
 
 def peak_tokens_per_s(args: PretrainArguments, trainer: Trainer) -> float | None:
@@ -173,4 +174,4 @@ def bigram_bpb(training: Packed | StreamedRows, held_out: Packed, vocab_size: in
 
 
 if __name__ == "__main__":
-    runtime.run(main, PretrainArguments)
+    run(main, PretrainArguments)

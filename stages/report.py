@@ -9,15 +9,16 @@ from pipeline.checkpoint import write_json
 from pipeline.report import gather as report
 from pipeline.report.page import page
 from pipeline.report.plots import draw_plots
-from pipeline.runtime import record as runtime
 from pipeline.runtime.arguments import ReportArguments
+from pipeline.runtime.console import console, run
+from pipeline.runtime.record import Stage
 
 
 def main(args: ReportArguments) -> None:
     """Write report.html, report.md, plots/ and summary.json, then show the short of it in the terminal."""
     run = report.read_run(args.run_dir)
     inputs = {name: str(run.folder / name / "stage.json") for name in run.stages}
-    stage = runtime.Stage(args, "report", inputs)
+    stage = Stage(args, "report", inputs)
     if not stage.is_main:
         return
     plots = draw_plots(run)
@@ -31,7 +32,7 @@ def main(args: ReportArguments) -> None:
     (stage.output_dir / "report.html").write_text(page(run, plots, args.num_samples), encoding="utf-8")
     write_json(stage.output_dir / "summary.json", report.summary(run))
     stage.finish({"plots": len(plots)})
-    show(run, args, runtime.console)
+    show(run, args, console)
 
 
 def show(run: report.Run, args: ReportArguments, console: Console) -> None:
@@ -71,4 +72,4 @@ def answer_table(prompt: str, answers: dict[str, dict]) -> Table:
 
 
 if __name__ == "__main__":
-    runtime.run(main, ReportArguments)
+    run(main, ReportArguments)

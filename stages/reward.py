@@ -1,18 +1,21 @@
 """Train the reward model with TRL: `python -m stages.reward --config configs/stories/reward.yaml`."""
 
 import json
+from pathlib import Path
 
 import torch
 from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
 from trl import RewardConfig, RewardTrainer
 
 from pipeline.checkpoint import write_json
 from pipeline.errors import UserError
 from pipeline.model.load import fit_embeddings, load_critic
 from pipeline.rewards import RewardModel
-from pipeline.runtime import record as runtime
+from pipeline.runtime import hf_trainer
 from pipeline.runtime.arguments import RewardArguments
-from pipeline.runtime.hf_trainer import StageCallback, attach, optimizer_kwargs, save_model, train, training_kwargs
+from pipeline.runtime.console import run
+from pipeline.runtime.record import Stage
 from pipeline.text import data
 from pipeline.text.tokenizer import check_template, load_tokenizer
 
@@ -21,7 +24,7 @@ CALIBRATION_BINS = 10
 
 def main(args: RewardArguments) -> None:
     """Fit r(prompt, answer) so that σ(r(chosen) − r(rejected)) is the share of people who chose it (Bradley-Terry)."""
-    stage = runtime.Stage(args, "reward", {"model": args.model_name_or_path, "dataset": args.dataset})
+    stage = Stage(args, "reward", {"model": args.model_name_or_path, "dataset": args.dataset})
     tokenizer = load_tokenizer(args.model_name_or_path)
     model = load_critic(args.model_name_or_path).train()  # the trunk of the SFT model, a new head N(0, 1/(d+1))
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -30,68 +33,66 @@ def main(args: RewardArguments) -> None:
     held_out = data.load_preferences(args.dataset, split="test", seed=args.seed, size=None)
     check_lengths(args, tokenizer, {"train": rows, "test": held_out})
 
-    config = RewardConfig(**training_kwargs(args, stage), max_length=args.max_length)
     names = ["prompt", "chosen", "rejected"]  # the scores that made the labels stay out of sight
     trainer = RewardTrainer(
         model=model,
-        args=config,
+        args=RewardConfig(**hf_trainer.training_kwargs(args, stage), max_length=args.max_length),
         train_dataset=rows.select_columns(names),
         eval_dataset=held_out.select_columns(names),
         processing_class=tokenizer,
-        optimizer_cls_and_kwargs=optimizer_kwargs(args),
+        optimizer_cls_and_kwargs=hf_trainer.optimizer_kwargs(args),
     )
-    attach(trainer, StageCallback(stage))
-    train(trainer, stage)
-    save_model(trainer, stage)
+    hf_trainer.train(trainer, hf_trainer.StageCallback(stage))
+    hf_trainer.save_model(trainer, stage)
     if not stage.is_main:
         return
-    center(args, stage, rows)
-    stage.finish({**judge(args, stage, held_out), "pairs": rows.num_rows})
+    reward = RewardModel(args.output_dir, stage.device, args.mixed_precision)
+    centering = rows.select(range(min(rows.num_rows, max(1, args.center_samples // 2))))
+    metrics = accuracies(reward, held_out, stage.output_dir) | center(reward, centering, stage.output_dir)
+    stage.finish({**metrics, "pairs": rows.num_rows})
 
 
-def check_lengths(args: RewardArguments, tokenizer: object, splits: dict[str, Dataset]) -> None:
+def check_lengths(args: RewardArguments, tokenizer: PreTrainedTokenizerFast, splits: dict[str, Dataset]) -> None:
     """Refuse pairs longer than max_length, which RewardTrainer would drop without a word."""
     for split, rows in splits.items():
         if isinstance(rows[0]["prompt"], list):
             check_template(tokenizer)
-        for side in ("chosen", "rejected"):
-            for first in range(0, rows.num_rows, 1000):
-                part = rows[first : first + 1000]
-                chats = [
-                    tokenizer.apply_chat_template(p + a, tokenize=False) if isinstance(p, list) else p + a
-                    for p, a in zip(part["prompt"], part[side], strict=True)
-                ]
-                for i, ids in enumerate(tokenizer(chats, add_special_tokens=False)["input_ids"]):
-                    if len(ids) >= args.max_length:
-                        raise UserError(
-                            f"reward: row {first + i + 1} of {args.dataset} ({split}, {side}) has {len(ids)} tokens, "
-                            f"more than max_length {args.max_length} allows; raise max_length or shorten the row"
-                        )
+        for i, row in enumerate(rows):
+            for side in ("chosen", "rejected"):
+                whole = row["prompt"] + row[side]
+                text = whole if isinstance(whole, str) else tokenizer.apply_chat_template(whole, tokenize=False)
+                length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+                if length >= args.max_length:
+                    raise UserError(
+                        f"reward: row {i + 1} of {args.dataset} ({split}, {side}) has {length} tokens, "
+                        f"more than max_length {args.max_length} allows; raise max_length or shorten the row"
+                    )
 
 
-def center(args: RewardArguments, stage: runtime.Stage, rows: Dataset) -> None:
+def rewards_of(reward: RewardModel, rows: Dataset) -> dict[str, torch.Tensor]:
+    """Rewards of both answers to each prompt: `chosen` and `rejected`, (N,) fp32."""
+    return {side: torch.tensor(reward(rows["prompt"][:], rows[side][:])) for side in ("chosen", "rejected")}
+
+
+def center(reward: RewardModel, rows: Dataset, folder: Path) -> dict[str, float]:
     """Store mean and spread of the reward over answers of the training pairs: there the score is 0 ± 1 (N+ details)."""
-    part = rows.select(range(min(rows.num_rows, max(1, args.center_samples // 2))))
-    rewards = torch.tensor(_score(args, stage, part, "chosen") + _score(args, stage, part, "rejected"))
-    file = stage.output_dir / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    config |= {"reward_mean": rewards.mean().item(), "reward_std": max(rewards.std().item(), 1e-6)}
-    write_json(file, config)
+    rewards = torch.cat(list(rewards_of(reward, rows).values()))
+    figures = {"reward_mean": rewards.mean().item(), "reward_std": max(rewards.std().item(), 1e-6)}
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write_json(folder / "config.json", config | figures)
+    return figures
 
 
-def judge(args: RewardArguments, stage: runtime.Stage, held_out: Dataset) -> dict[str, float]:
+def accuracies(reward: RewardModel, held_out: Dataset, folder: Path) -> dict[str, float]:
     """Accuracy on held-out pairs, against the labels as they are and with the noise taken back, and the calibration."""
-    chosen, rejected = (torch.tensor(_score(args, stage, held_out, side)) for side in ("chosen", "rejected"))
-    config = json.loads((stage.output_dir / "config.json").read_text(encoding="utf-8"))
-    margins = (chosen - rejected) * config["reward_std"]  # back to log-odds
+    rewards = rewards_of(reward, held_out)
+    margins = rewards["chosen"] - rewards["rejected"]  # log-odds
     flipped = torch.tensor(held_out["flipped"] if "flipped" in held_out.column_names else [False] * len(margins))
-    write_json(stage.output_dir / "calibration.json", calibration(margins))
+    write_json(folder / "calibration.json", calibration(margins))
     return {
         "accuracy": ((margins > 0) != flipped).float().mean().item(),
         "noisy_accuracy": (margins > 0).float().mean().item(),
         "margin": margins.mean().item(),
-        "reward_mean": config["reward_mean"],
-        "reward_std": config["reward_std"],
     }
 
 
@@ -111,11 +112,5 @@ def calibration(margins: torch.Tensor) -> dict[str, list]:
     return {"bins": bins, "margins": [round(m, 4) for m in margins.tolist()]}
 
 
-def _score(args: RewardArguments, stage: runtime.Stage, rows: Dataset, side: str) -> list[float]:
-    model = RewardModel(str(stage.output_dir), device=stage.device)
-    with stage.dtype_autocast():
-        return model(rows["prompt"][:], rows[side][:])
-
-
 if __name__ == "__main__":
-    runtime.run(main, RewardArguments)
+    run(main, RewardArguments)

@@ -1,20 +1,24 @@
 """Supervised fine-tuning with TRL: `python -m stages.sft --config configs/stories/sft.yaml`."""
 
+from typing import Any
+
 from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.errors import UserError
 from pipeline.model.load import fit_embeddings, load_policy
-from pipeline.runtime import record as runtime
+from pipeline.runtime import hf_trainer
 from pipeline.runtime.arguments import SFTArguments
-from pipeline.runtime.hf_trainer import StageCallback, attach, optimizer_kwargs, save_model, train, training_kwargs
+from pipeline.runtime.console import run
+from pipeline.runtime.record import Stage
 from pipeline.text import data
 from pipeline.text.tokenizer import END_OF_TURN, check_template, load_tokenizer
 
 
 def main(args: SFTArguments) -> None:
     """Teach the model to answer: the loss is on the tokens of the answer and of its end, not on the prompt."""
-    stage = runtime.Stage(args, "sft", {"model": args.model_name_or_path, "dataset": args.dataset})
+    stage = Stage(args, "sft", {"model": args.model_name_or_path, "dataset": args.dataset})
     tokenizer, model = load_tokenizer(args.model_name_or_path), load_policy(args.model_name_or_path).train()
     fit_embeddings(model, tokenizer, args.model_name_or_path)
     rows = data.load_instructions(args.dataset, split="train", seed=args.seed, size=args.dataset_size)
@@ -22,18 +26,23 @@ def main(args: SFTArguments) -> None:
     trainer = build_trainer(args, stage, model, tokenizer, rows, held_out)
     kept = check_kept(args, stage, trainer, {"training": rows.num_rows, "held-out": held_out.num_rows})
 
-    attach(trainer, StageCallback(stage, translate=_translate))
-    train(trainer, stage)
+    hf_trainer.train(trainer, hf_trainer.StageCallback(stage))
     eval_loss = trainer.evaluate()["eval_loss"]
     model.generation_config.eos_token_id = [tokenizer.eos_token_id]  # an answer ends where the turn does
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    save_model(trainer, stage)
-    metrics = {"eval_loss": eval_loss, "eval_loss_before": stage.logged(0, "eval_loss"), "rows": kept}
+    hf_trainer.save_model(trainer, stage)
+    evaluations = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    metrics = {"eval_loss": eval_loss, "eval_loss_before": evaluations[0], "rows": kept}
     stage.finish(metrics, tokens=int(trainer.state.num_input_tokens_seen) or None)
 
 
 def build_trainer(
-    args: SFTArguments, stage: runtime.Stage, model: object, tokenizer: object, rows: Dataset, held_out: Dataset
+    args: SFTArguments,
+    stage: Stage,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: Dataset,
+    held_out: Dataset,
 ) -> SFTTrainer:
     """SFTTrainer with the loss on the answer alone, for `messages` as for `prompt` and `completion`."""
     chat = "messages" in rows.column_names
@@ -42,7 +51,7 @@ def build_trainer(
     if END_OF_TURN in tokenizer.get_vocab():
         tokenizer.eos_token = END_OF_TURN
     config = SFTConfig(
-        **training_kwargs(args, stage),
+        **hf_trainer.training_kwargs(args, stage),
         max_length=args.max_length,
         packing=False,
         assistant_only_loss=chat,
@@ -59,34 +68,27 @@ def build_trainer(
         train_dataset=rows,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        optimizer_cls_and_kwargs=optimizer_kwargs(args),
+        optimizer_cls_and_kwargs=hf_trainer.optimizer_kwargs(args),
     )
 
 
-def check_kept(args: SFTArguments, stage: runtime.Stage, trainer: SFTTrainer, given: dict[str, int]) -> int:
+def check_kept(args: SFTArguments, stage: Stage, trainer: SFTTrainer, given: dict[str, int]) -> int:
     """Say how many rows TRL left out, as nothing of the answer is within max_length; UserError if none is left.
 
     Returns the number of training rows that are learned from.
     """
-    left = {"training": len(trainer.train_dataset), "held-out": len(trainer.eval_dataset)}
+    kept: dict[str, Any] = {"training": trainer.train_dataset, "held-out": trainer.eval_dataset}
+    limit = f"max_length {args.max_length}"
     for name, rows in given.items():
-        if left[name] == 0:
+        left_out = rows - len(kept[name])
+        if left_out == rows:
             raise UserError(
-                f"sft: of none of the {rows} {name} rows the answer begins within max_length "
-                f"{args.max_length} tokens; raise max_length"
+                f"sft: of none of the {rows} {name} rows the answer begins within {limit} tokens; raise max_length"
             )
-        if left[name] < rows:
-            stage.say(
-                f"{rows - left[name]} of {rows} {name} rows are left out: their answers begin beyond max_length "
-                f"{args.max_length}"
-            )
-    return left["training"]
-
-
-def _translate(row: dict) -> dict:
-    names = {"mean_token_accuracy": "token_accuracy", "eval_mean_token_accuracy": "eval_token_accuracy"}
-    return {names.get(k, k): v for k, v in row.items()}
+        if left_out:
+            stage.say(f"{left_out} of {rows} {name} rows are left out: their answers begin beyond {limit}")
+    return len(kept["training"])
 
 
 if __name__ == "__main__":
-    runtime.run(main, SFTArguments)
+    run(main, SFTArguments)

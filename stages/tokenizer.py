@@ -1,7 +1,8 @@
 """Train the tokenizer: `python -m stages.tokenizer --config configs/stories/tokenizer.yaml`."""
 
-from pipeline.runtime import record as runtime
 from pipeline.runtime.arguments import TokenizerArguments
+from pipeline.runtime.console import run
+from pipeline.runtime.record import Stage
 from pipeline.text import data
 from pipeline.text.tokenizer import character_tokenizer, encode, train_tokenizer
 
@@ -10,7 +11,7 @@ SAMPLE_LENGTH = 100_000  # characters of a document to measure bytes_per_token o
 
 def main(args: TokenizerArguments) -> None:
     """Learn byte-level BPE merges, or the alphabet, from the corpus and save the fast tokenizer."""
-    stage = runtime.Stage(args, "tokenizer", {"dataset": args.dataset})
+    stage = Stage(args, "tokenizer", {"dataset": args.dataset})
     if not stage.is_main:
         return
     where = {name: getattr(args, name) for name in ("seed", "max_bytes", "text_column", "streaming")}
@@ -30,4 +31,4 @@ def main(args: TokenizerArguments) -> None:
 
 
 if __name__ == "__main__":
-    runtime.run(main, TokenizerArguments)
+    run(main, TokenizerArguments)

@@ -7,9 +7,11 @@ import pytest
 import yaml
 
 from pipeline.errors import UserError
+from pipeline.ppo.config import PPOConfig
 from pipeline.runtime import arguments as A
-from pipeline.runtime.arguments import PPOArguments, PretrainArguments, SFTArguments
-from pipeline.runtime.command_line import parse
+from pipeline.runtime.arguments import PretrainArguments, SFTArguments
+from pipeline.runtime.command_line import parse, resolve
+from pipeline.runtime.ppo_arguments import PPOArguments
 
 ROOT = Path(__file__).parent.parent
 STAGE_ARGUMENTS = {
@@ -18,7 +20,7 @@ STAGE_ARGUMENTS = {
     "sft": A.SFTArguments,
     "preferences": A.PreferencesArguments,
     "reward": A.RewardArguments,
-    "ppo": A.PPOArguments,
+    "ppo": PPOArguments,
     "evaluate": A.EvaluateArguments,
     "report": A.ReportArguments,
 }
@@ -49,6 +51,18 @@ def test_true_and_none_as_yaml_has_them_on_the_command_line() -> None:
     assert parse(PPOArguments, ["--save_steps", "0", "--eval_steps", "0"]).save_steps == 0
 
 
+def test_yamls_words_mean_what_the_field_takes(tmp_path: Path) -> None:
+    file = config(
+        tmp_path,
+        "use_peft: on\nshare_trunk: no\nmixed_precision: no\ndataset: off\ngold: ~\nptx_dataset:\nscore_clip: null\n"
+        "best_metric: none\ntotal_episodes: 1_000\nlearning_rate: 1e-4\n",
+    )
+    args = parse(PPOArguments, ["--config", file])
+    assert (args.use_peft, args.share_trunk, args.mixed_precision, args.dataset) == (True, False, "no", "off")
+    assert (args.gold, args.ptx_dataset, args.score_clip, args.best_metric) == (None, None, None, "none")
+    assert (args.total_episodes, args.learning_rate) == (1000, 1e-4)
+
+
 def test_lists_and_none(tmp_path: Path) -> None:
     file = config(tmp_path, "reward: [a, 'b:c']\nreward_weights: [1, 0.5]\ntarget_kl: null\n")
     args = parse(PPOArguments, ["--config", file])
@@ -69,13 +83,18 @@ def test_lists_and_none(tmp_path: Path) -> None:
         ("max_steps: {a: 1}", [], ["some.yaml", "max_steps", "not a mapping"]),
         ("a: b: c", [], ["some.yaml", "not valid YAML"]),
         ("- max_steps", [], ["some.yaml", "key: value"]),
-        ("max_steps: 0", [], ["max_steps", "too small"]),
+        ("max_steps: 0", [], ["max_steps: 0 must be at least 1"]),
         ("learning_rate: -1", [], ["learning_rate", "above 0"]),
         ("", ["sft"], ["'sft'", "before any --field"]),
-        ("eval_steps: 0", [], ["eval_steps", "too small"]),
-        ("", ["--seed", "-1"], ["seed: -1 must be from 0"]),
-        ("", ["--adam_beta2", "1.5"], ["adam_beta2: 1.5 must be from 0 to below 1"]),
-        ("", ["--weight_decay", "-1"], ["weight_decay: -1.0 must be from 0"]),
+        ("eval_steps: 0", [], ["eval_steps: 0 must be at least 1"]),
+        ("", ["--seed", "-1"], ["seed: -1 must be at least 0"]),
+        ("", ["--adam_beta2", "1.5"], ["adam_beta2: 1.5 must be at least 0 and below 1"]),
+        ("", ["--adam_beta2", "nan"], ["adam_beta2: nan must be"]),
+        ("", ["--max_grad_norm"], ["command line", "max_grad_norm: '' is not of type float"]),
+        ("max_steps: 1", ["--config=a.yaml"], ["a.yaml does not exist"]),
+        ("", ["--warmup_steps", "-1"], ["warmup_steps: -1 must be at least 0"]),
+        ("", ["--decay_share", "0"], ["decay_share: 0.0 must be above 0 and at most 1"]),
+        ("", ["--weight_decay", "-1"], ["weight_decay: -1.0 must be at least 0"]),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, yaml_text: str, words: list[str], parts: list[str]) -> None:
@@ -83,6 +102,19 @@ def test_mistakes_are_named(tmp_path: Path, yaml_text: str, words: list[str], pa
         parse(SFTArguments, ["--config", config(tmp_path, yaml_text), *words])
     assert all(part in str(error.value) for part in parts), error.value
     assert "\n" not in str(error.value)
+
+
+def test_bounds_hold_for_python_too() -> None:
+    for wrong, sentence in (
+        ({"head_dim": 31}, "head_dim: 31 must be at least 2 and a multiple of 2"),
+        ({"max_bytes": 0}, "max_bytes: 0 must be at least 1, or none"),
+        ({"seed": 2**32}, "seed: 4294967296 must be at least 0 and below 4294967296"),
+        ({"optimizer": "sgd"}, "optimizer: 'sgd' is none of 'muon', 'adamw'"),
+    ):
+        with pytest.raises(UserError) as error:
+            resolve(PretrainArguments(**wrong))
+        assert str(error.value) == sentence
+    assert resolve(PretrainArguments(max_bytes=None, validation_bytes=1, head_dim=2, seed=0, decay_share=1.0))
 
 
 def test_missing_config_file() -> None:
@@ -137,3 +169,20 @@ def test_accelerate_parses_its_files(path: Path) -> None:
 def test_pretrain_defaults_describe_a_legal_shape() -> None:
     args = PretrainArguments()
     assert args.num_attention_heads % args.num_key_value_heads == 0 and args.block_size <= args.max_position_embeddings
+
+
+@pytest.mark.parametrize("kind", [*STAGE_ARGUMENTS.values(), A.ChatArguments])
+def test_what_a_run_was_given_can_be_given_again(kind: type, tmp_path: Path) -> None:
+    """stage.json has the settings; as a YAML file they make the same run."""
+    args = resolve(kind())
+    file = tmp_path / "again.yaml"
+    file.write_text(yaml.safe_dump(dataclasses.asdict(args)))
+    assert parse(kind, ["--config", str(file)]) == args
+
+
+def test_every_number_has_bounds() -> None:
+    """A whole number that may be anything is a bound that was forgotten."""
+    ppo_fields = {field.name for field in dataclasses.fields(PPOConfig)}  # bounded where they are
+    for kind in [*STAGE_ARGUMENTS.values(), A.ChatArguments]:
+        for field in dataclasses.fields(kind):
+            assert field.name in ppo_fields or field.type not in (int, float, int | None, float | None), field.name

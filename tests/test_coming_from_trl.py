@@ -11,7 +11,7 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
 from pipeline.ppo import PPOConfig
-from pipeline.runtime.arguments import PPOArguments
+from pipeline.runtime.ppo_arguments import PPOArguments
 
 PAGE = (ROOT / "docs" / "coming_from_trl.md").read_text(encoding="utf-8")
 SCRIPT = (ROOT / "examples" / "ppo_gpt2.py").read_text(encoding="utf-8")

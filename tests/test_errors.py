@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from pipeline.runtime import record as runtime
-from pipeline.runtime.arguments import PPOArguments, PretrainArguments, RewardArguments, SFTArguments
+from pipeline.runtime.arguments import PretrainArguments, RewardArguments, SFTArguments
+from pipeline.runtime.console import run as run_stage
+from pipeline.runtime.ppo_arguments import PPOArguments
 from pipeline.text.tokenizer import train_tokenizer
 from stages import ppo, pretrain, reward, sft
 
@@ -32,7 +33,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_pa
             base += ["--output_dir", str(tmp_path / "out")]
         monkeypatch.setattr("sys.argv", [*base, *words])
         with pytest.raises(SystemExit) as leaving:
-            runtime.run(*STAGES[stage])
+            run_stage(*STAGES[stage])
         captured = capsys.readouterr()
         assert leaving.value.code == 2
         assert captured.err.startswith("error: ") and captured.err.count("\n") == 1, captured.err
@@ -117,7 +118,7 @@ def test_disk_that_fills_while_running(monkeypatch: pytest.MonkeyPatch, capsys: 
 
     monkeypatch.setattr("sys.argv", ["sft"])
     with pytest.raises(SystemExit) as leaving:
-        runtime.run(main, SFTArguments)
+        run_stage(main, SFTArguments)
     assert leaving.value.code == 2
     expected = "error: No space left on device: runs/x/model.safetensors; nothing more was written\n"
     assert capsys.readouterr().err == expected

@@ -7,8 +7,8 @@ import statistics
 import pytest
 
 from benchmarks import ppo_ablation
-from pipeline.runtime.arguments import PPOArguments
 from pipeline.runtime.command_line import parse
+from pipeline.runtime.ppo_arguments import PPOArguments
 
 
 def test_expected_best_is_the_mean_over_all_draws():

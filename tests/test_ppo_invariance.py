@@ -109,7 +109,7 @@ TWO = """
 import sys, torch
 sys.path[:0] = ["tests", "."]
 from test_ppo_invariance import run
-from pipeline.runtime.record import leave
+from pipeline.runtime.console import leave
 found = run(sys.argv[1], torch.load(sys.argv[2], weights_only=True), sys.argv[4])
 if found["rank"] == 0:
     torch.save(found, sys.argv[3])

@@ -18,8 +18,13 @@ from stages.reward import calibration
 PROMPT = [{"role": "user", "content": "Write."}]
 
 
+def pairs_of(texts: list[str], scores: list[float], beta: float, min_gap: float, coin: random.Random) -> list[dict]:
+    answers = [[{"role": "assistant", "content": text}] for text in texts]
+    return pair_up(PROMPT, list(zip(answers, scores, strict=True)), beta, min_gap, coin)
+
+
 def test_all_pairs_of_a_prompt_better_first() -> None:
-    rows = pair_up([PROMPT] * 4, ["a", "b", "c", "d"], [0.1, 0.4, 0.4, 0.9], 4, 1e9, 0.0, random.Random(0))
+    rows = pairs_of(["a", "b", "c", "d"], [0.1, 0.4, 0.4, 0.9], 1e9, 0.0, random.Random(0))
     pairs = {(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows}
     assert pairs == {("b", "a"), ("c", "a"), ("d", "a"), ("d", "b"), ("d", "c")}  # b and c tie
     assert all(not row["flipped"] and row["chosen_score"] > row["rejected_score"] for row in rows)
@@ -27,15 +32,15 @@ def test_all_pairs_of_a_prompt_better_first() -> None:
 
 
 def test_near_ties_and_equal_texts_are_dropped() -> None:
-    assert len(pair_up([PROMPT] * 2, ["a", "b"], [0.5, 0.6], 2, 1e9, 0.05, random.Random(0))) == 1
-    assert pair_up([PROMPT] * 2, ["a", "b"], [0.5, 0.6], 2, 1e9, 0.2, random.Random(0)) == []
-    assert pair_up([PROMPT] * 2, ["a", "a"], [0.5, 0.6], 2, 1e9, 0.0, random.Random(0)) == []
+    assert len(pairs_of(["a", "b"], [0.5, 0.6], 1e9, 0.05, random.Random(0))) == 1
+    assert pairs_of(["a", "b"], [0.5, 0.6], 1e9, 0.2, random.Random(0)) == []
+    assert pairs_of(["a", "a"], [0.5, 0.6], 1e9, 0.0, random.Random(0)) == []
 
 
 @pytest.mark.parametrize("beta", [2.0, 10.0])
 def test_noise_is_bradley_terrys(beta: float) -> None:
     gap, n, coin = 0.2, 4000, random.Random(0)
-    rows = pair_up([PROMPT] * (2 * n), ["a", "b"] * n, [0.3, 0.3 + gap] * n, 2, beta, 0.0, coin)
+    rows = [row for _ in range(n) for row in pairs_of(["a", "b"], [0.3, 0.3 + gap], beta, 0.0, coin)]
     flips = Counter(row["flipped"] for row in rows)[True] / n
     expected = 1 - 1 / (1 + math.exp(-beta * gap))
     assert abs(flips - expected) < 4 * math.sqrt(expected * (1 - expected) / n)

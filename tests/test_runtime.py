@@ -10,9 +10,11 @@ import torch
 from pipeline.checkpoint import save_checkpoint
 from pipeline.errors import UserError
 from pipeline.model import hardware
-from pipeline.runtime import record as runtime
+from pipeline.runtime import resume
 from pipeline.runtime.arguments import SFTArguments
 from pipeline.runtime.command_line import resolve
+from pipeline.runtime.console import run as run_stage
+from pipeline.runtime.record import Stage
 
 
 def arguments(tmp_path: Path, **fields: object) -> SFTArguments:
@@ -24,7 +26,7 @@ def write(folder: Path) -> None:
 
 
 def test_metrics_and_record(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    stage = runtime.Stage(arguments(tmp_path), "sft", {"dataset": "stories", "none": None})
+    stage = Stage(arguments(tmp_path), "sft", {"dataset": "stories", "none": None})
     stage.log({"step": 1, "loss": 2.5, "note": "text is kept, not shown"})
     stage.finish({"eval_loss": 1.5}, tokens=10)
     (line,) = (tmp_path / "sft/metrics.jsonl").read_text().splitlines()
@@ -36,15 +38,15 @@ def test_metrics_and_record(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
 
 
 def test_same_settings_go_on_other_settings_start_anew(tmp_path: Path) -> None:
-    first = runtime.Stage(arguments(tmp_path), "sft", {})
+    first = Stage(arguments(tmp_path), "sft", {})
     first.log({"step": 1, "loss": 3.0})
     first.log({"step": 2, "loss": 2.0})
     save_checkpoint(first.checkpoints, 1, write)
-    again = runtime.Stage(arguments(tmp_path, logging_steps=3), "sft", {})  # what is shown may change
+    again = Stage(arguments(tmp_path, logging_steps=3), "sft", {})  # what is shown may change
     assert again.resume_from == again.checkpoints / "step-00000001"
     steps = [json.loads(s)["step"] for s in (tmp_path / "sft/metrics.jsonl").read_text().splitlines()]
     assert steps == [1], "the line after the checkpoint will be written again"
-    other = runtime.Stage(arguments(tmp_path, learning_rate=1e-4), "sft", {})
+    other = Stage(arguments(tmp_path, learning_rate=1e-4), "sft", {})
     assert other.resume_from is None
     assert list(other.checkpoints.glob("step-*")), "nothing goes before everything has been checked"
     other.begin()
@@ -52,12 +54,12 @@ def test_same_settings_go_on_other_settings_start_anew(tmp_path: Path) -> None:
 
 
 def test_a_refused_command_removes_nothing(tmp_path: Path) -> None:
-    stage = runtime.Stage(arguments(tmp_path), "sft", {})
+    stage = Stage(arguments(tmp_path), "sft", {})
     stage.log({"step": 1, "loss": 3.0})
     save_checkpoint(stage.checkpoints, 1, write)
     stage.finish({})
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    runtime.Stage(arguments(tmp_path, learning_rate=1e-4), "sft", {})  # and then some check fails
+    Stage(arguments(tmp_path, learning_rate=1e-4), "sft", {})  # and then some check fails
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -67,13 +69,13 @@ def test_what_no_stage_wrote_is_left_alone(tmp_path: Path, name: str) -> None:
     file.parent.mkdir(parents=True)
     file.write_text("mine")
     with pytest.raises(UserError, match=r"no stage wrote, and sft would remove them; choose another output_dir"):
-        runtime.Stage(arguments(tmp_path), "sft", {})
+        Stage(arguments(tmp_path), "sft", {})
     assert file.read_text() == "mine"
 
 
 @pytest.mark.parametrize("call", ["write_json", "rmtree"])
 def test_a_kill_while_making_room_leaves_the_folder_ours(tmp_path: Path, monkeypatch, call: str) -> None:
-    stage = runtime.Stage(arguments(tmp_path), "sft", {})
+    stage = Stage(arguments(tmp_path), "sft", {})
     stage.log({"step": 1, "loss": 3.0})
     save_checkpoint(stage.checkpoints, 1, write)
 
@@ -81,52 +83,52 @@ def test_a_kill_while_making_room_leaves_the_folder_ours(tmp_path: Path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runtime, "write_json", killed) if call == "write_json" else patch.setattr("shutil.rmtree", killed)
+        patch.setattr(resume, "write_json", killed) if call == "write_json" else patch.setattr("shutil.rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            runtime.Stage(arguments(tmp_path, learning_rate=1e-4), "sft", {}).begin()
-    assert runtime.Stage(arguments(tmp_path, learning_rate=1e-4), "sft", {}).resume_from is None
+            Stage(arguments(tmp_path, learning_rate=1e-4), "sft", {}).begin()
+    assert Stage(arguments(tmp_path, learning_rate=1e-4), "sft", {}).resume_from is None
 
 
 def test_a_renamed_run_goes_on(tmp_path: Path) -> None:
     model = tmp_path / "one" / "pretrain"
     model.mkdir(parents=True)
     (model / "config.json").write_text("{}")
-    first = runtime.Stage(arguments(tmp_path / "one"), "sft", {"model": str(model)})
+    first = Stage(arguments(tmp_path / "one"), "sft", {"model": str(model)})
     first.begin()
     save_checkpoint(first.checkpoints, 1, write)
     (tmp_path / "one").rename(tmp_path / "two")
-    moved = runtime.Stage(arguments(tmp_path / "two"), "sft", {"model": str(tmp_path / "two" / "pretrain")})
+    moved = Stage(arguments(tmp_path / "two"), "sft", {"model": str(tmp_path / "two" / "pretrain")})
     assert moved.resume_from == tmp_path / "two/sft/checkpoints/step-00000001"
 
 
 def test_what_an_earlier_run_left_goes_with_it(tmp_path: Path) -> None:
-    stage = runtime.Stage(arguments(tmp_path), "sft", {})
+    stage = Stage(arguments(tmp_path), "sft", {})
     for name in ("best", "ema"):
         (stage.output_dir / name).mkdir()
     stage.begin()
     assert (stage.output_dir / "best").exists(), "in a folder that is new to us they are the user's"
     stage.finish({})
-    runtime.Stage(arguments(tmp_path), "sft", {}).begin()
+    Stage(arguments(tmp_path), "sft", {}).begin()
     assert not (stage.output_dir / "best").exists() and not (stage.output_dir / "ema").exists()
 
 
 def test_changed_input_starts_anew(tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("1")
-    first = runtime.Stage(arguments(tmp_path), "sft", {"dataset": str(data)})
+    first = Stage(arguments(tmp_path), "sft", {"dataset": str(data)})
     first.begin()
     save_checkpoint(first.checkpoints, 1, write)
-    assert runtime.Stage(arguments(tmp_path), "sft", {"dataset": str(data)}).resume_from is not None
+    assert Stage(arguments(tmp_path), "sft", {"dataset": str(data)}).resume_from is not None
     data.write_text("2")
-    assert runtime.Stage(arguments(tmp_path), "sft", {"dataset": str(data)}).resume_from is None
+    assert Stage(arguments(tmp_path), "sft", {"dataset": str(data)}).resume_from is None
 
 
 def test_a_finished_stage_starts_anew(tmp_path: Path) -> None:
-    stage = runtime.Stage(arguments(tmp_path), "sft", {})
+    stage = Stage(arguments(tmp_path), "sft", {})
     stage.begin()
     save_checkpoint(stage.checkpoints, 1, write)
     stage.finish({})
-    again = runtime.Stage(arguments(tmp_path), "sft", {})
+    again = Stage(arguments(tmp_path), "sft", {})
     assert again.resume_from is None and (tmp_path / "sft/stage.json").exists()
     again.begin()
     assert not (tmp_path / "sft/stage.json").exists()
@@ -136,16 +138,16 @@ def test_fingerprints_follow_content_and_name_what_is_missing(tmp_path: Path) ->
     model = tmp_path / "model"
     model.mkdir()
     with pytest.raises(UserError, match="is an empty folder"):
-        runtime.Stage(arguments(tmp_path), "sft", {"model": str(model)})
+        Stage(arguments(tmp_path), "sft", {"model": str(model)})
     (model / "config.json").write_text("{}")
-    one = runtime.Stage(arguments(tmp_path), "sft", {"model": str(model)}).inputs["model"]["sha256"]
+    one = Stage(arguments(tmp_path), "sft", {"model": str(model)}).inputs["model"]["sha256"]
     (model / "stage.json").write_text("{}")  # when it was made does not change what it is
-    assert runtime.Stage(arguments(tmp_path), "sft", {"model": str(model)}).inputs["model"]["sha256"] == one
+    assert Stage(arguments(tmp_path), "sft", {"model": str(model)}).inputs["model"]["sha256"] == one
     (model / "config.json").write_text("{ }")
-    assert runtime.Stage(arguments(tmp_path), "sft", {"model": str(model)}).inputs["model"]["sha256"] != one
+    assert Stage(arguments(tmp_path), "sft", {"model": str(model)}).inputs["model"]["sha256"] != one
     with pytest.raises(UserError, match=r"run `make pretrain` first"):
-        runtime.Stage(arguments(tmp_path), "sft", {"model": str(tmp_path / "pretrain")})
-    hub = runtime.Stage(arguments(tmp_path), "sft", {"model": "owner/name"}).inputs["model"]
+        Stage(arguments(tmp_path), "sft", {"model": str(tmp_path / "pretrain")})
+    hub = Stage(arguments(tmp_path), "sft", {"model": "owner/name"}).inputs["model"]
     assert hub == {"path": "owner/name", "sha256": "hub"}
 
 
@@ -153,9 +155,7 @@ def test_the_fingerprint_of_a_data_set_has_its_folders_and_of_a_large_file_its_e
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fingerprint() -> str:
-        return runtime.Stage(arguments(tmp_path), "sft", {"dataset": str(tmp_path / "rows")}).inputs["dataset"][
-            "sha256"
-        ]
+        return Stage(arguments(tmp_path), "sft", {"dataset": str(tmp_path / "rows")}).inputs["dataset"]["sha256"]
 
     file = tmp_path / "rows" / "data" / "train.parquet"
     file.parent.mkdir(parents=True)
@@ -163,7 +163,7 @@ def test_the_fingerprint_of_a_data_set_has_its_folders_and_of_a_large_file_its_e
     first = fingerprint()
     file.write_bytes(b"a" * 2_500_000 + b"b" + b"a" * 2_499_999)
     assert fingerprint() != first, "every byte counts"
-    monkeypatch.setattr(runtime, "HASHED_WHOLE", 4_000_000)
+    monkeypatch.setattr(resume, "HASHED_WHOLE", 4_000_000)
     sampled = fingerprint()
     assert fingerprint() == sampled and len(sampled) == 64
     os.utime(file, (1, 1))
@@ -176,12 +176,12 @@ def test_the_fingerprint_of_a_data_set_has_its_folders_and_of_a_large_file_its_e
 
 def test_a_machine_without_git_finishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    runtime.Stage(arguments(tmp_path), "sft", {}).finish({})
+    Stage(arguments(tmp_path), "sft", {}).finish({})
     assert json.loads((tmp_path / "sft/stage.json").read_text())["git_commit"] is None
 
 
 def test_a_line_shows_figures_short(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    stage = runtime.Stage(arguments(tmp_path), "sft", {})
+    stage = Stage(arguments(tmp_path), "sft", {})
     stage.log(
         {
             "step": 1200,
@@ -201,9 +201,9 @@ def test_a_line_shows_figures_short(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_seed_sets_torch(tmp_path: Path) -> None:
-    runtime.Stage(arguments(tmp_path, seed=5), "sft", {})
+    Stage(arguments(tmp_path, seed=5), "sft", {})
     one = torch.rand(3)
-    runtime.Stage(arguments(tmp_path, seed=5), "sft", {})
+    Stage(arguments(tmp_path, seed=5), "sft", {})
     assert torch.equal(one, torch.rand(3))
 
 
@@ -211,11 +211,11 @@ def test_precision_is_what_was_asked(tmp_path: Path) -> None:
     assert hardware.use_bf16("bf16") and not hardware.use_bf16("no")
     assert hardware.use_bf16("auto") == hardware.bf16_in_hardware()
     x = torch.randn(4, 4)
-    with runtime.Stage(arguments(tmp_path), "sft", {}).dtype_autocast():
+    with Stage(arguments(tmp_path), "sft", {}).dtype_autocast():
         assert (x @ x).dtype == torch.float32
     args = arguments(tmp_path)
     args.mixed_precision = "bf16"
-    with runtime.Stage(args, "sft", {}).dtype_autocast():
+    with Stage(args, "sft", {}).dtype_autocast():
         assert (x @ x).dtype == torch.bfloat16
 
 
@@ -225,5 +225,5 @@ def test_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
     monkeypatch.setattr("sys.argv", ["sft"])
     with pytest.raises(SystemExit) as leaving:
-        runtime.run(main, SFTArguments)
+        run_stage(main, SFTArguments)
     assert leaving.value.code == 130 and "goes on from the last checkpoint" in capsys.readouterr().err

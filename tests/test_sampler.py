@@ -7,10 +7,10 @@ import torch
 from sampler_tools import END, PAD, VOCABULARY, gpt, prompts, responses, seeded
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, Qwen3ForCausalLM
 
+from pipeline.errors import UserError
 from pipeline.model.decoder import Decoder
 from pipeline.model.gpt import GPTForCausalLM
 from pipeline.model.sampler import Sampling, generate, stream
-from pipeline.runtime.record import UserError
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,10 @@
 pipeline/runtime/command_line.py fills them from a YAML file and the command line.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from pipeline.ppo.config import PPOConfig
+from pipeline.bounds import Count, CountOrZero, Decay, Even, NotNegative, Positive, PositiveShare, Seed
 
 Precision = Literal["auto", "bf16", "no"]
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "warmup_stable_decay"]
@@ -20,7 +20,7 @@ class RunArguments:
     """Name of the recipe, for the report."""
     run_dir: str = "runs/stories"
     """Folder of the whole run; `{run_dir}` in any other field stands for it."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything random in this stage: data, initial weights, order, sampling."""
 
 
@@ -33,42 +33,56 @@ class StageArguments(RunArguments):
 
 
 @dataclass
+class SamplingFields(StageArguments):
+    """Fields of the stages that sample answers (preferences, evaluate)."""
+
+    max_new_tokens: Count = 64
+    """Longest answer in tokens; PPO's response_length makes the comparison with it fair."""
+    temperature: NotNegative = 1.0
+    """Sampling temperature; every log-probability is taken of logits / temperature."""
+    batch_size: Count = 256
+    """Answers sampled at a time."""
+    mixed_precision: Precision = "auto"
+    """bf16: matrix products in bfloat16 while sampling and scoring; auto: where the GPU or CPU has it in hardware."""
+
+
+@dataclass
 class TrainingFields(StageArguments):
     """Fields of the stages that train with transformers' Trainer (pretrain, sft, reward), under its names."""
 
-    max_steps: int = 1000
+    max_steps: Count = 1000
     """Optimizer steps."""
-    per_device_train_batch_size: int = 32
+    per_device_train_batch_size: Count = 32
     """Rows in one forward pass on one device."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: Count = 1
     """Forward passes summed into one optimizer step."""
     optimizer: Literal["muon", "adamw"] = "adamw"
     """adamw: AdamW on everything; muon: Muon on the matrices inside the blocks, AdamW on the rest."""
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """Peak learning rate of AdamW."""
-    muon_learning_rate: float = 0.02
+    muon_learning_rate: Positive = 0.02
     """Peak learning rate of the matrices that Muon has; only with optimizer muon."""
     lr_scheduler_type: Schedule = "cosine"
     """Course of the learning rate after the warm-up; all but the constant ones end at 0."""
-    decay_share: float = 0.2
+    decay_share: PositiveShare = 0.2
     """Share of max_steps, at the end, over which warmup_stable_decay falls as 1 − √progress (arXiv 2405.18392)."""
-    warmup_steps: int = 50
+    warmup_steps: CountOrZero = 50
     """Steps over which the learning rate rises from 0."""
-    weight_decay: float = 0.1
+    weight_decay: NotNegative = 0.1
     """Decoupled weight decay of AdamW (Loshchilov & Hutter 2019); not on norms and biases."""
-    adam_beta2: float = 0.95
+    adam_beta2: Decay = 0.95
     """Second-moment decay of AdamW; 0.95 adapts faster than 0.999 in short runs (GPT-3)."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: NotNegative = 1.0
     """Gradients are scaled down to this global norm."""
     mixed_precision: Precision = "auto"
     """bf16: matrix products in bfloat16, weights in fp32; auto: bf16 where the GPU or CPU has it in hardware."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
-    logging_steps: int = 20
+    logging_steps: Count = 20
     """Steps between two lines of metrics."""
-    eval_steps: int = 200
+    eval_steps: Count = 200
     """Steps between two evaluations on held-out data."""
-    save_steps: int = 200
+    save_steps: Count = 200
     """Steps between two checkpoints; a killed stage goes on from the last one."""
 
 
@@ -87,14 +101,34 @@ class TokenizerArguments(StageArguments):
     """Column of the data set that holds the documents."""
     streaming: bool = False
     """Read no more than the first `max_bytes` of the corpus, for one too large for memory."""
-    max_bytes: int | None = 2_000_000
+    max_bytes: Count | None = 2_000_000
     """Bytes of text to read, as merges settle long before a corpus ends; none: all of it."""
-    vocab_size: int = 2048
+    vocab_size: Count = 2048
     """Entries of bpe, special tokens and the 256 bytes included; char has as many as the text has characters."""
 
 
 @dataclass
-class PretrainArguments(TrainingFields):
+class GPTShape:
+    """Shape of a GPT from random weights, under the names of transformers' Qwen3Config."""
+
+    max_position_embeddings: Count = 256
+    """Longest sequence the model will ever take: prompt and answer together."""
+    hidden_size: Count = 192
+    """Width of the residual stream."""
+    num_hidden_layers: Count = 4
+    """Transformer blocks."""
+    num_attention_heads: Count = 6
+    """Query heads."""
+    num_key_value_heads: Count = 6
+    """Key and value heads; fewer than query heads is grouped-query attention (arXiv 2305.13245)."""
+    head_dim: Even = 32
+    """Width of one head."""
+    intermediate_size: Count = 512
+    """Width of the SwiGLU MLP."""
+
+
+@dataclass
+class PretrainArguments(GPTShape, TrainingFields):
     """Pretrain a GPT from random weights on packed documents."""
 
     output_dir: str = "{run_dir}/pretrain"
@@ -107,7 +141,7 @@ class PretrainArguments(TrainingFields):
     """Model whose weights to go on from; none: random weights of the shape below."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon: Muon on the matrices inside the blocks, AdamW on the rest, better from random weights (LOG.md); adamw."""
-    muon_learning_rate: float = 0.01
+    muon_learning_rate: Positive = 0.01
     """Peak learning rate of the matrices that Muon has; only with optimizer muon."""
     lr_scheduler_type: Schedule = "warmup_stable_decay"
     """Course of the learning rate after the warm-up; this one beats cosine at equal time (LOG.md)."""
@@ -115,29 +149,15 @@ class PretrainArguments(TrainingFields):
     """Column of the data set that holds the documents."""
     streaming: bool = False
     """Read and pack the corpus while training, for one too large for memory (a .json list is still read whole)."""
-    shuffle_buffer_size: int = 10_000
+    shuffle_buffer_size: Count = 10_000
     """Documents among which a stream draws the next one; only with streaming, else all of them are shuffled."""
-    max_bytes: int | None = 12_000_000
+    max_bytes: Count | None = 12_000_000
     """Bytes of training text to read or generate; none: all there is."""
-    validation_bytes: int | None = 200_000
+    validation_bytes: Count | None = 200_000
     """Bytes of held-out text for val_loss and val_bpb; none: all of the validation split."""
-    block_size: int = 128
+    block_size: Count = 128
     """Tokens in a training row; documents are packed into rows without padding, each token is predicted once."""
-    max_position_embeddings: int = 256
-    """Longest sequence the model will ever take: prompt and answer together."""
-    hidden_size: int = 192
-    """Width of the residual stream."""
-    num_hidden_layers: int = 4
-    """Transformer blocks."""
-    num_attention_heads: int = 6
-    """Query heads."""
-    num_key_value_heads: int = 6
-    """Key and value heads; fewer than query heads is grouped-query attention (arXiv 2305.13245)."""
-    head_dim: int = 32
-    """Width of one head."""
-    intermediate_size: int = 512
-    """Width of the SwiGLU MLP."""
-    rope_theta: float = 10_000.0
+    rope_theta: Positive = 10_000.0
     """Base of the rotary positions' wavelengths: smaller ones tell near positions apart, larger ones far ones."""
     torch_compile: bool = False
     """Compile the model (a minute or so, faster steps after it); where no compiler works, that is said and not done."""
@@ -153,16 +173,16 @@ class SFTArguments(TrainingFields):
     """Instructions: generator (stories, reviews), file or hub name, in any format of reward_data/README.md."""
     model_name_or_path: str = "{run_dir}/pretrain"
     """Model to start from."""
-    dataset_size: int = 20_000
+    dataset_size: CountOrZero = 20_000
     """Training rows to generate or read at most."""
-    validation_size: int = 500
+    validation_size: CountOrZero = 500
     """Held-out rows for eval_loss."""
-    max_length: int = 128
+    max_length: Count = 128
     """Tokens of prompt and answer; longer rows are cut at the end, and left out where nothing of the answer remains."""
 
 
 @dataclass
-class PreferencesArguments(StageArguments):
+class PreferencesArguments(SamplingFields):
     """Make preference pairs: sample answers of the SFT policy and label them, or take pairs that people labelled."""
 
     output_dir: str = "{run_dir}/preferences"
@@ -173,24 +193,16 @@ class PreferencesArguments(StageArguments):
     """Policy that answers."""
     labeller: str = "reward_data.stories:gold"
     """Who prefers: `human` (the data set's own pairs) or a function `module:name` of prompts and answers."""
-    label_beta: float = 10.0
+    label_beta: NotNegative = 10.0
     """Bradley-Terry noise: the better answer is chosen with probability σ(label_beta · score gap)."""
-    min_score_gap: float = 0.0
+    min_score_gap: NotNegative = 0.0
     """Answers whose scores differ by no more than this are a tie: the labeller does not choose."""
-    dataset_size: int = 4000
+    dataset_size: CountOrZero = 4000
     """Training prompts."""
-    test_size: int = 500
+    test_size: CountOrZero = 500
     """Held-out prompts for test.jsonl."""
-    num_generations: int = 4
+    num_generations: Count = 4
     """Answers sampled a prompt; all pairs of them are labelled, ties dropped."""
-    max_new_tokens: int = 64
-    """Longest answer in tokens."""
-    temperature: float = 1.0
-    """Sampling temperature."""
-    batch_size: int = 256
-    """Answers sampled at a time."""
-    mixed_precision: Precision = "auto"
-    """bf16: matrix products in bfloat16; auto: where the GPU or CPU has it in hardware."""
 
 
 @dataclass
@@ -203,58 +215,14 @@ class RewardArguments(TrainingFields):
     """Pairs: folder with train.jsonl and test.jsonl, file or hub name, columns prompt, chosen, rejected."""
     model_name_or_path: str = "{run_dir}/sft"
     """Model whose trunk to start from; the head is new."""
-    max_length: int = 128
+    max_length: Count = 128
     """Longest conversation in tokens; a pair that is longer is an error before training starts."""
-    center_samples: int = 512
+    center_samples: CountOrZero = 512
     """Held-in answers whose mean and spread of reward are stored, so that rewards are read as standard scores."""
 
 
 @dataclass
-class PPOArguments(StageArguments, PPOConfig):
-    """Optimise the policy against the reward model with PPO, under a KL penalty to the SFT model."""
-
-    output_dir: str = "{run_dir}/ppo"
-    """Folder of the optimised policy; its subfolder `critic` has the value model."""
-    dataset: str = "stories"
-    """Prompts: generator (stories, reviews), file or hub name."""
-    dataset_size: int = 4000
-    """Training prompts to generate or read at most."""
-    eval_size: int = 128
-    """Held-out prompts for the evaluation during training."""
-    model_name_or_path: str = "{run_dir}/sft"
-    """Policy to optimise; its frozen copy is the reference."""
-    use_peft: bool = False
-    """Train low-rank updates of policy and critic instead of all weights (LoRA, arXiv 2106.09685): less memory; the
-    reference is the policy with its adapter switched off. The folder has the merged model, and `adapter` beside it."""
-    lora_r: int = 16
-    """Rank of the updates; only with use_peft."""
-    lora_alpha: int = 32
-    """The updates are scaled by lora_alpha / lora_r; only with use_peft."""
-    lora_target_modules: list[str] | None = None
-    """Last parts of the names of the policy's matrices that get an update; none: all of its blocks. The critic's get
-    one all over. Only with use_peft."""
-    reward: list[str] = field(default_factory=lambda: ["{run_dir}/reward"])
-    """Rewards: folders of reward models and functions `module:name`; their weighted sum is optimised. Several in one
-    entry, with commas between, are an ensemble: one reward."""
-    reward_weights: list[float] | None = None
-    """One weight a reward; none: 1 each."""
-    reward_ensemble: Literal["mean", "min", "uwo"] = "mean"
-    """What an ensemble gives: the mean of its members, the lowest, or mean − uwo_coef · variance (arXiv 2310.02743)."""
-    uwo_coef: float = 0.1
-    """λ of uwo: how much disagreement among the members costs."""
-    critic_name_or_path: str = "{run_dir}/reward"
-    """Model whose trunk the critic starts from (the reward model or the policy); its head is new. Not with
-    share_trunk."""
-    gold: str | None = None
-    """Judge `module:name` that is only looked at (eval/gold), never optimised."""
-    ptx_dataset: str | None = None
-    """Pretraining text for ptx_coef: generator (stories, reviews), file, folder or hub name."""
-    ptx_max_bytes: int | None = 2_000_000
-    """Bytes of it to read or generate at most; none: all there is."""
-
-
-@dataclass
-class EvaluateArguments(StageArguments):
+class EvaluateArguments(SamplingFields):
     """Judge the pretrained model, SFT, best-of-n and PPO on held-out prompts."""
 
     output_dir: str = "{run_dir}/evaluate"
@@ -271,20 +239,12 @@ class EvaluateArguments(StageArguments):
     """Reward model: the proxy score, and the judge that picks the best of n."""
     ppo_model: str = "{run_dir}/ppo"
     """Policy that PPO made."""
-    num_prompts: int = 256
+    num_prompts: Count = 256
     """Held-out prompts at most."""
-    best_of: int = 16
+    best_of: Count = 16
     """n of best-of-n: SFT answers sampled a prompt."""
-    max_new_tokens: int = 64
-    """Longest answer in tokens; PPO's response_length makes the comparison fair."""
-    temperature: float = 1.0
-    """Sampling temperature, as PPO's; every log-probability is taken of logits / temperature."""
-    batch_size: int = 256
-    """Answers sampled at a time."""
-    eval_batch_size: int = 64
+    eval_batch_size: Count = 64
     """Answers scored in one forward pass."""
-    mixed_precision: Precision = "auto"
-    """bf16: matrix products in bfloat16 while sampling and scoring; log-probabilities are always taken in fp32."""
 
 
 @dataclass
@@ -293,7 +253,7 @@ class ReportArguments(StageArguments):
 
     output_dir: str = "{run_dir}/report"
     """Folder of report.html, report.md, plots/ and summary.json."""
-    num_samples: int = 3
+    num_samples: Count = 3
     """Prompts shown with everybody's answers: the first ones, not chosen ones."""
 
 
@@ -307,9 +267,16 @@ class ChatArguments(RunArguments):
     """Let the model go on from the bare text, without the chat template; a pretrained model always does."""
     history: bool = False
     """Send earlier turns along; only for models that were trained on conversations (the presets' are not)."""
-    max_new_tokens: int = 128
+    max_new_tokens: Count = 128
     """Longest answer in tokens."""
-    temperature: float = 0.7
+    temperature: NotNegative = 0.7
     """Sampling temperature; 0 always takes the likeliest token."""
-    top_p: float = 0.95
+    top_p: PositiveShare = 0.95
     """Sample from the smallest set of tokens with this much probability together (nucleus, arXiv 1904.09751)."""
+
+
+def replace_text(value: Any, old: str, new: str) -> Any:
+    """A field's value with `new` in place of `old`, in a text or in each of a list."""
+    if isinstance(value, list):
+        return [replace_text(part, old, new) for part in value]
+    return value.replace(old, new) if isinstance(value, str) else value

@@ -1,5 +1,6 @@
 """What the three Trainer-based stages (pretrain, sft, reward) share: arguments, callback, exact resume, saving."""
 
+import dataclasses
 import resource
 import statistics
 import sys
@@ -8,11 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
-from transformers import TrainingArguments as HFTrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from pipeline.checkpoint import seal
-from pipeline.errors import UserError
+from pipeline.checkpoint import seal, step_of
 from pipeline.model.hardware import use_bf16
 from pipeline.model.optim import MuonFactory
 from pipeline.runtime.arguments import TrainingFields
@@ -21,26 +20,12 @@ from pipeline.runtime.record import Stage
 
 
 def training_kwargs(args: TrainingFields, stage: Stage) -> dict[str, Any]:
-    """Keyword arguments of TrainingArguments, and so of TRL's SFTConfig and RewardConfig. Raises UserError."""
+    """Keyword arguments of TrainingArguments, and so of TRL's SFTConfig and RewardConfig."""
     on_cpu = not torch.cuda.is_available()
-    same = (
-        "max_steps",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "learning_rate",
-        "lr_scheduler_type",
-        "warmup_steps",
-        "weight_decay",
-        "adam_beta2",
-        "max_grad_norm",
-        "gradient_checkpointing",
-        "logging_steps",
-        "eval_steps",
-        "save_steps",
-        "seed",
-    )
+    # Fields of the same name mean the same.
+    ours, theirs = ({field.name for field in dataclasses.fields(kind)} for kind in (TrainingFields, TrainingArguments))
     return {
-        **{name: getattr(args, name) for name in same},
+        **{name: getattr(args, name) for name in ours & theirs},
         "lr_scheduler_kwargs": schedule_kwargs(args),
         "output_dir": str(stage.checkpoints),
         "data_seed": args.seed,
@@ -60,11 +45,9 @@ def training_kwargs(args: TrainingFields, stage: Stage) -> dict[str, Any]:
 
 
 def schedule_kwargs(args: TrainingFields) -> dict[str, Any] | None:
-    """What warmup_stable_decay needs to know beside the warm-up; None for the other schedules. Raises UserError."""
+    """What warmup_stable_decay needs to know beside the warm-up; None for the other schedules."""
     if args.lr_scheduler_type != "warmup_stable_decay":
         return None
-    if not 0 < args.decay_share <= 1:
-        raise UserError(f"decay_share: {args.decay_share} is no share of max_steps; give one above 0 and up to 1")
     steps = min(round(args.decay_share * args.max_steps), args.max_steps - args.warmup_steps)
     return {"num_decay_steps": max(1, steps), "decay_type": "1-sqrt"}
 
@@ -101,12 +84,11 @@ class StageCallback(TrainerCallback):
         translate: Callable[[dict], dict] = lambda row: row,
         peak_tokens_per_s: float | None = None,
     ) -> None:
-        self.stage, self.tokens_per_step, self.translate = stage, tokens_per_step, translate
-        self.peak_tokens_per_s = peak_tokens_per_s
+        self.stage, self.translate = stage, translate
+        self.tokens_per_step, self.peak_tokens_per_s = tokens_per_step, peak_tokens_per_s
         self.speeds: list[float] = []
         self.last_evaluated = -1
-        self.clock, self.clock_step, self.paused = time.perf_counter(), 0, 0.0
-        self.began, self.first_step = self.clock, 0
+        self.advance: Callable[..., None] = lambda n: None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -119,23 +101,18 @@ class StageCallback(TrainerCallback):
         speed, peak = self.tokens_per_second, self.peak_tokens_per_s
         return round(speed / peak, 4) if speed and peak else None
 
-    def on_train_begin(self, args: HFTrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.bar = self.stage.progress(state.max_steps, self.stage.name, done=state.global_step)
-        self.advance = self.bar.__enter__()
-        self.clock, self.clock_step, self.paused = time.perf_counter(), state.global_step, 0.0
-        self.began, self.first_step = self.clock, state.global_step
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        self.began = self.clock = time.perf_counter()
+        self.first_step = self.clock_step = state.global_step
+        self.paused = 0.0
 
-    def on_step_end(self, args: HFTrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         self.advance(1)
 
-    def on_train_end(self, args: HFTrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.bar.__exit__(None, None, None)
-
-    def on_log(
-        self, args: HFTrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
         skip = ("runtime", "per_second", "epoch", "total_flos", "train_loss", "entropy", "num_", "preparation")
-        row = self.translate({k: v for k, v in logs.items() if not any(s in k for s in skip)})
+        kept = {k: v for k, v in logs.items() if not any(s in k for s in skip)}
+        row = self.translate({k.replace("mean_token_accuracy", "token_accuracy"): v for k, v in kept.items()})
         if "loss" in logs:
             row |= self._speed(state)
         # The evaluation after training stands in the log already where the last step was evaluated too.
@@ -146,7 +123,8 @@ class StageCallback(TrainerCallback):
 
     def _speed(self, state: TrainerState) -> dict[str, float]:
         """Speed since the last line, memory, and the time left at the pace so far, evaluations included."""
-        now, figures = time.perf_counter(), {}
+        now = time.perf_counter()
+        figures: dict[str, float] = {}
         if self.tokens_per_step and state.global_step > self.clock_step:
             seconds = now - self.clock - self.paused
             self.speeds.append((state.global_step - self.clock_step) * self.tokens_per_step / seconds)
@@ -158,12 +136,10 @@ class StageCallback(TrainerCallback):
         left = pace * (state.max_steps - state.global_step)
         return {**figures, "memory_mb": peak_memory_mb(), "seconds_left": round(left, 2)}
 
-    def on_evaluate(
-        self, args: HFTrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, **_: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: Any = None, **_: Any) -> None:
         self.paused += metrics.get("eval_runtime", 0.0)
 
-    def on_save(self, args: HFTrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         if self.stage.is_main:
             seal(self.stage.checkpoints / f"checkpoint-{state.global_step}")
 
@@ -176,20 +152,16 @@ def peak_memory_mb() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20
 
 
-def attach(trainer: Trainer, callback: StageCallback) -> None:
-    """Let our callback show what the Trainer would print, and stop at the first number that is none."""
-    trainer.remove_callback(PrinterCallback)
+def train(trainer: Trainer, callback: StageCallback) -> None:
+    """Train to the end, from the stage's checkpoint where there is one. Raises UserError at the first NaN."""
+    stage = callback.stage
+    trainer.remove_callback(PrinterCallback)  # ours shows what it would print
     trainer.add_callback(callback)
-    trainer.add_callback(NanGuard(trainer, callback.stage))
-
-
-def train(trainer: Trainer, stage: Stage) -> None:
-    """Train to the end, from the stage's checkpoint where there is one."""
+    trainer.add_callback(NanGuard(trainer, stage))
     stage.begin()
-    try:
+    done = step_of(stage.resume_from) if stage.resume_from else 0
+    with stage.progress(trainer.args.max_steps, stage.name, done) as callback.advance:
         trainer.train(resume_from_checkpoint=str(stage.resume_from) if stage.resume_from else None)
-    finally:
-        stage.end_progress()  # an error's sentence should not stand in the middle of a bar
 
 
 def save_model(trainer: Trainer, stage: Stage) -> None:

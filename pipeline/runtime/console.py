@@ -1,0 +1,108 @@
+"""What a person at the terminal sees: lines, a progress bar, and one sentence where a stage cannot go on."""
+
+import atexit
+import contextlib
+import datetime
+import errno
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import SafetensorError
+
+from pipeline.errors import UserError
+from pipeline.runtime.command_line import ArgumentsT, parse
+
+console = Console(highlight=False)
+UNITS = {"grad_norm": "grad {:.3g}", "tokens_per_s": "{:,.0f} tok/s", "mfu": "{:.0%} of peak", "memory_mb": "{:,} MB"}
+UNSHOWN = {"learning_rate"}  # metrics.jsonl has it; it follows from the step
+
+
+def run(main: Callable[[ArgumentsT], None], kind: type[ArgumentsT]) -> None:
+    """Parse the arguments, call `main`, and turn a UserError or a full disk into one sentence and exit code 2."""
+    _quiet_libraries()
+    try:
+        main(parse(kind))
+    except UserError as error:
+        _exit(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        _exit(f"{error.strerror}: {error.filename or 'the output folder'}; nothing more was written")
+    except SafetensorError as error:
+        _exit(f"weights cannot be read or written ({error}); is a file cut off, or the disk full?")
+    except KeyboardInterrupt:
+        _exit("stopped; the same command goes on from the last checkpoint, if there is one", code=130)
+    leave()
+
+
+def processes() -> int:
+    """How many processes a launcher started for this run; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def leave() -> None:
+    """End one of several processes, as a launcher started them; alone, do nothing.
+
+    After the exit handlers, and without the C++ destructors that come then: gloo's threads may still run, and PyTorch
+    aborts a process that has done all its work (one run in ten of a plain DistributedDataParallel script, torch 2.13).
+    """
+    if processes() > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _exit(sentence: str, code: int = 2) -> None:
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    if processes() > 1:  # the others wait in a collective: leave without waiting for them
+        os._exit(code)
+    sys.exit(code)
+
+
+def _quiet_libraries() -> None:
+    import datasets
+    import transformers
+
+    # Said outright, or tokenizers warns and turns its threads off wherever a process is forked.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+@contextlib.contextmanager
+def progress_bar(total: int, description: str, done: int = 0, shown: bool = True) -> Iterator[Callable[..., None]]:
+    """A bar with speed and time left, below the lines; the context is a function `advance(n=1, text="")`."""
+    with Progress(
+        *("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn()),
+        "{task.fields[text]}",
+        console=console,
+        disable=not (shown and console.is_terminal),
+        transient=True,
+    ) as bar:
+        task = bar.add_task(description, total=total, completed=done, text="")
+        yield lambda n=1, text="": bar.update(task, advance=n, text=text)
+
+
+def line_of(metrics: dict[str, Any]) -> str:
+    """The numbers among `metrics` as the line of a step shows them: short, so that the line fits a terminal."""
+    numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float) and k not in UNSHOWN}
+    return "  ".join(_shown(name, value) for name, value in numbers.items())
+
+
+def _shown(name: str, value: float) -> str:
+    if name == "seconds_left":
+        return f"{datetime.timedelta(seconds=round(value))} left".removeprefix("0:")
+    if name in UNITS:
+        return UNITS[name].format(value)
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{name} {value:,.0f}"
+    return f"{name} {value:.4g}"

@@ -1,0 +1,52 @@
+"""What can be set about the stage ppo; apart from arguments.py, so that no other stage has to load PPO for it."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipeline.bounds import Count, CountOrZero, NotNegative
+from pipeline.ppo.config import PPOConfig
+from pipeline.runtime.arguments import StageArguments
+
+
+@dataclass
+class PPOArguments(StageArguments, PPOConfig):
+    """Optimise the policy against the reward model with PPO, under a KL penalty to the SFT model."""
+
+    output_dir: str = "{run_dir}/ppo"
+    """Folder of the optimised policy; its subfolder `critic` has the value model."""
+    dataset: str = "stories"
+    """Prompts: generator (stories, reviews), file or hub name."""
+    dataset_size: CountOrZero = 4000
+    """Training prompts to generate or read at most."""
+    eval_size: CountOrZero = 128
+    """Held-out prompts for the evaluation during training."""
+    model_name_or_path: str = "{run_dir}/sft"
+    """Policy to optimise; its frozen copy is the reference."""
+    use_peft: bool = False
+    """Train low-rank updates of policy and critic instead of all weights (LoRA, arXiv 2106.09685): less memory; the
+    reference is the policy with its adapter switched off. The folder has the merged model, and `adapter` beside it."""
+    lora_r: Count = 16
+    """Rank of the updates; only with use_peft."""
+    lora_alpha: Count = 32
+    """The updates are scaled by lora_alpha / lora_r; only with use_peft."""
+    lora_target_modules: list[str] | None = None
+    """Last parts of the names of the policy's matrices that get an update; none: all of its blocks. The critic's get
+    one all over. Only with use_peft."""
+    reward: list[str] = field(default_factory=lambda: ["{run_dir}/reward"])
+    """Rewards: folders of reward models and functions `module:name`; their weighted sum is optimised. Several in one
+    entry, with commas between, are an ensemble: one reward."""
+    reward_weights: list[float] | None = None
+    """One weight a reward; none: 1 each."""
+    reward_ensemble: Literal["mean", "min", "uwo"] = "mean"
+    """What an ensemble gives: the mean of its members, the lowest, or mean − uwo_coef · variance (arXiv 2310.02743)."""
+    uwo_coef: NotNegative = 0.1
+    """λ of uwo: how much disagreement among the members costs."""
+    critic_name_or_path: str = "{run_dir}/reward"
+    """Model whose trunk the critic starts from (the reward model or the policy); its head is new. Not with
+    share_trunk."""
+    gold: str | None = None
+    """Judge `module:name` that is only looked at (eval/gold), never optimised."""
+    ptx_dataset: str | None = None
+    """Pretraining text for ptx_coef: generator (stories, reviews), file, folder or hub name."""
+    ptx_max_bytes: Count | None = 2_000_000
+    """Bytes of it to read or generate at most; none: all there is."""
