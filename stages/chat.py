@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import UserError
 from pipeline.judging import plain_text
@@ -30,7 +30,7 @@ from pipeline.text.tokenizer import END_OF_TURN, answer_texts, load_tokenizer, p
 COMMANDS = "/exit, /reset, /temperature X"
 
 
-def stream_text(tokens: Iterable[int], tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
+def stream_text(tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Text pieces of tokens as they come; joined they are the tokens' decoded text.
 
     A byte-level token may end inside a character. Such an end decodes to U+FFFD and is held back until the character
@@ -54,7 +54,7 @@ class Chat:
     """A conversation with a model. `raw`: no template, the model goes on from the text alone."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerBase
     raw: bool
     history: bool
     sampling: Sampling

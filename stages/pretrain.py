@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from pipeline.errors import UserError
@@ -85,7 +85,7 @@ class PretrainTrainer(Trainer):
         return EvalLoopOutput((np.empty(0),), label_ids=None, metrics=metrics, num_samples=len(rows))
 
 
-def load(args: PretrainArguments, tokenizer: PreTrainedTokenizerFast) -> tuple[Packed | StreamedRows, Packed]:
+def load(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Packed | StreamedRows, Packed]:
     """Training and held-out text in rows of tokens; no held-out document is in the training text."""
     where: dict[str, Any] = {"seed": args.seed, "text_column": args.text_column}
     texts = data.load_texts(
@@ -99,7 +99,7 @@ def load(args: PretrainArguments, tokenizer: PreTrainedTokenizerFast) -> tuple[P
     return pack(data.load_texts(args.dataset, **where), tokenizer, args.block_size), held_out
 
 
-def build_model(args: PretrainArguments, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+def build_model(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A GPT with random weights of the configured shape, or the weights of `model_name_or_path`."""
     if args.model_name_or_path:
         model = load_policy(args.model_name_or_path)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
 from pipeline.checkpoint import write_json
@@ -52,7 +52,7 @@ def main(args: RewardArguments) -> None:
     stage.finish({**metrics, "pairs": rows.num_rows})
 
 
-def check_lengths(args: RewardArguments, tokenizer: PreTrainedTokenizerFast, splits: dict[str, Dataset]) -> None:
+def check_lengths(args: RewardArguments, tokenizer: PreTrainedTokenizerBase, splits: dict[str, Dataset]) -> None:
     """Refuse pairs longer than max_length, which RewardTrainer would drop without a word."""
     for split, rows in splits.items():
         if isinstance(rows[0]["prompt"], list):

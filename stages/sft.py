@@ -3,7 +3,7 @@
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.errors import UserError
@@ -40,7 +40,7 @@ def build_trainer(
     args: SFTArguments,
     stage: Stage,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
     held_out: Dataset,
 ) -> SFTTrainer:
