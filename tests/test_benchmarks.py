@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks
@@ -50,6 +51,7 @@ def test_without_its_mask_attention_sees_the_token_it_is_asked_for():
         assert not torch.allclose(first(ids, everything), first(changed, everything))
 
 
+@pytest.mark.slow
 def test_course_runs_and_ends_in_a_json_line(capsys):
     line = course.main(["--quick"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == line

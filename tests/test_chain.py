@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from pipeline.checkpoint import sha256_of
 from pipeline.model.load import load_policy, load_reward
 
+pytestmark = pytest.mark.slow
+
 STAGES = ["tokenizer", "pretrain", "sft", "preferences", "reward", "ppo", "evaluate", "report"]
 TRAINED = ["pretrain", "sft", "reward", "ppo"]
 

@@ -213,6 +213,7 @@ def test_a_missing_model_is_a_sentence(run: Path, tmp_path: Path) -> None:
         open_chat(arguments(run, model_name_or_path=str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_prompts_can_be_piped_in(run: Path) -> None:
     words = [sys.executable, "-m", "stages.chat", "--run_dir", str(run), "--temperature", "0", "--max_new_tokens", "8"]
     done = subprocess.run(words, cwd=ROOT, input="Ben?\n/exit\n", capture_output=True, text=True, timeout=60)

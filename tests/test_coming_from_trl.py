@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM
@@ -42,6 +43,7 @@ def test_fields_on_the_page_exist() -> None:
     assert options <= {field.name for field in dataclasses.fields(PPOArguments)}
 
 
+@pytest.mark.slow
 def test_the_script_learns_and_logs_what_the_page_names(tmp_path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     script = ROOT / "examples" / "ppo_gpt2.py"

@@ -34,6 +34,7 @@ def test_logits_loss_and_gradients_equal_stock(kind, changes):
     assert_same_gradients(ours, stock)
 
 
+@pytest.mark.slow
 def test_a_published_shape_equals_stock():
     """Qwen3-0.6B's config.json, random weights; two of its 28 layers and of its 151,936 tokens the first 4,096."""
     published = Qwen3Config(

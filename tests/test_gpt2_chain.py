@@ -14,6 +14,8 @@ from pipeline.errors import UserError
 from pipeline.model.load import fit_embeddings, load_policy
 from pipeline.text.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["the cat sat on the mat", "the dog ran to the barn", "a fox hid in the den", "the bird sang a song"]
 
 

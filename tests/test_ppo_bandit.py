@@ -40,7 +40,7 @@ def distribution(model):
         return model(torch.tensor([[6, 7]])).logits[0, -1].log_softmax(-1)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_bandit_reaches_the_known_optimum(tmp_path, seed):
     """The optimum of E[r] − β·KL(π‖π_ref) is π* ∝ π_ref·exp(r/β), and its value β·log Z."""
     made = bandit(tmp_path, seed)

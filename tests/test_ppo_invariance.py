@@ -186,6 +186,7 @@ def given_answers(folder):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_end_where_one_does(tmp_path, kind):
     """Weights, β, normalised scores, every metric and the held-out figures, after two updates."""

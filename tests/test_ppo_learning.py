@@ -69,6 +69,7 @@ def walker(tmp_path, seed, reward=path_reward, updates=40, **changes):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_path_task_reaches_the_known_optimum(tmp_path, seed):
     """Over all 400 answers y: max E[r] − β·KL = β·log Σ π_ref(y)·exp(r(y)/β); at least 90 % of the gain is reached.
@@ -90,6 +91,7 @@ def test_path_task_reaches_the_known_optimum(tmp_path, seed):
     assert -1e-4 <= missing < 0.1, f"{missing:.3f} of the possible gain is missing"
 
 
+@pytest.mark.slow
 def test_without_a_penalty_the_kl_grows_past_the_optimum(tmp_path):
     """A control: β = 0 earns more reward at a much greater KL, and less of what β = 0.3 wants."""
     ends = {}
@@ -104,6 +106,7 @@ def test_without_a_penalty_the_kl_grows_past_the_optimum(tmp_path):
     assert ends[0.0][2] < ends[BETA][2], ends
 
 
+@pytest.mark.slow
 def test_shuffled_rewards_teach_nothing(tmp_path):
     random = torch.Generator().manual_seed(0)
 

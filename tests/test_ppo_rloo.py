@@ -49,7 +49,7 @@ def test_every_token_of_an_answer_has_the_advantage_of_its_return(tmp_path):
     assert metrics["objective/non_score_reward"] == pytest.approx(-0.3 * kl.mean().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_bandit_reaches_the_known_optimum(tmp_path, seed):
     """The same 1 % of the possible gain as with a critic (test_ppo_bandit.py)."""
     made = bandit(tmp_path, seed, models=(policy(seed, size=8), None), critic_learning_rate=None, **RLOO)

@@ -73,6 +73,7 @@ def test_learning_rates_are_apart(tmp_path):
     assert (made.rows[-1]["lr"], made.rows[-1]["critic/lr"]) == (1e-4, 1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_bandit_reaches_the_known_optimum(tmp_path, seed):
     made = bandit(tmp_path, seed, models=(policy(seed, size=8), None), share_trunk=True)

@@ -74,6 +74,7 @@ def test_length_run_away(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_proxy_rises_while_gold_falls(tmp_path):
     """A reward for t7 and a gold that takes it ill: both are logged, and the sentence names both movements."""
     made = trainer(

@@ -172,6 +172,7 @@ def test_the_step_line(
     assert len(shown) <= 120
 
 
+@pytest.mark.slow
 def test_warmup_stable_decay(run: Path, tmp_path: Path) -> None:
     pretrain.main(
         arguments(
@@ -232,12 +233,14 @@ def test_an_endless_generator_needs_a_size(run: Path, tmp_path: Path) -> None:
 # ---- options that must not change what is learned -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_one_batch(run: Path, tmp_path: Path, plain: Path) -> None:
     pretrain.main(arguments(run, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4))
     assert largest_difference(plain, tmp_path) < 1e-6
     assert max(w.abs().max() for w in weights(plain).values()) > 0.1
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_number_and_keeps_less(run: Path, tmp_path: Path, plain: Path) -> None:
     pretrain.main(arguments(run, tmp_path, gradient_checkpointing=True))
     assert largest_difference(plain, tmp_path) == 0
@@ -260,6 +263,7 @@ def test_gradient_checkpointing_changes_no_number_and_keeps_less(run: Path, tmp_
     assert bytes_kept() < 0.5 * without
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_saved_under_stock_names(
     run: Path, tmp_path: Path, plain: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,6 +281,7 @@ def test_a_compiled_model_is_saved_under_stock_names(
     assert largest_difference(plain / "checkpoints/checkpoint-12", tmp_path / "checkpoints/checkpoint-12") < 1e-5
 
 
+@pytest.mark.slow
 def test_without_a_compiler_it_says_so_and_goes_on(run: Path, tmp_path: Path, plain: Path) -> None:
     output, empty = tmp_path / "out", tmp_path / "bin"
     empty.mkdir()
@@ -351,6 +356,7 @@ MUON = {
 }
 
 
+@pytest.mark.slow
 def test_a_stream_killed_and_started_again_gives_the_same_weights(run: Path, tmp_path: Path) -> None:
     """test_chain.py does it for every stage in memory."""
     changes = {**MUON, "streaming": True}
@@ -374,6 +380,7 @@ def test_a_stream_killed_and_started_again_gives_the_same_weights(run: Path, tmp
     assert all(a < b for a, b in pairwise(steps))
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_stream(run: Path, tmp_path: Path) -> None:
     changes = {"streaming": True, "shuffle_buffer_size": 50}
     pretrain.main(arguments(run, tmp_path / "one", **changes))

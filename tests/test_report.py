@@ -108,6 +108,7 @@ def test_headline_says_what_the_interval_allows(run: Path, interval: list[float]
     assert f"{interval[0]:.0%} to {interval[1]:.0%}" in sentence
 
 
+@pytest.mark.slow
 def test_a_run_without_a_gold_judge_is_reported(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     file = folder / "evaluate/scores.json"

@@ -17,6 +17,8 @@ from pipeline.runtime.arguments import TokenizerArguments
 from pipeline.runtime.command_line import parse
 from stages import tokenizer
 
+pytestmark = pytest.mark.slow
+
 TINY = [
     "--max_steps",
     "40",

@@ -65,6 +65,7 @@ def test_headings_name_what_is_in_the_story(corpus: list[str]) -> None:
         assert set(words.split(", ")) == told
 
 
+@pytest.mark.slow
 def test_corpus_documents_are_short_and_of_mixed_quality(corpus: list[str]) -> None:
     corpus = [body(text) for text in corpus]
     counts = [len(split_sentences(text)) for text in corpus]
@@ -172,6 +173,7 @@ def test_nearly_every_word_is_one_token_of_a_bpe_of_2048(corpus: list[str], answ
     assert counts[int(0.99 * len(counts))] <= 63  # and an end token
 
 
+@pytest.mark.slow
 def test_held_out_names_and_pairs_are_never_asked_for_in_training(corpus: list[str]) -> None:
     sets = {
         **{split: stories.prompts(0, 3000, split) for split in ("preferences", "ppo", "validation", "test")},

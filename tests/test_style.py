@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 FOLDERS = ("pipeline", "stages", "reward_data", "benchmarks")
@@ -84,6 +85,7 @@ def test_there_is_no_circle_of_imports() -> None:
     assert not any("TYPE_CHECKING" in path.read_text() for path in sources())
 
 
+@pytest.mark.slow
 def test_ppo_loads_no_more_than_it_computes_with() -> None:
     """`import pipeline.ppo`, from a script of somebody's own, loads neither the stages' machinery nor what it needs.
 
