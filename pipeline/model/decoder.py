@@ -8,13 +8,14 @@ the slots that are empty or padding. On CUDA it is therefore captured once as a 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.model.gpt import GPTForCausalLM
+from pipeline.model.gpt import Block, GPTForCausalLM, rotary_angles
 
 BLOCK = 32  # slots that the cache on CPU grows by: fewer are copied too often, more are read while empty
 ROWS = 64  # that packed weights are laid out for; any other number multiplies, too
@@ -32,14 +33,14 @@ class Decoder:
 
     def __init__(self, model: GPTForCausalLM, rows: int, slots: int):
         config, device = model.config, model.device
-        self.heads, self.groups, self.size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.heads, self.size = config.num_attention_heads, config.head_dim
+        self.groups = config.num_key_value_heads or self.heads
         self.eps, self.device, self.dtype = config.rms_norm_eps, device, compute_dtype(model)
         self.layers, self.ends = fuse(model, self.dtype)
         # fp32 on CPU, where attention is faster in it
         self.cache_dtype = torch.float32 if device.type == "cpu" else self.dtype
-        exponents = torch.arange(0, self.size, 2, device=device, dtype=torch.float32) / self.size
-        angles = torch.arange(slots, device=device)[:, None] * config.rope_parameters["rope_theta"] ** -exponents
-        self.turns = torch.polar(torch.ones_like(angles), angles)  # (slots, K/2): e^{i·position·θ^(−2j/K)}
+        angles = rotary_angles(torch.arange(slots, device=device)[None], config)
+        self.turns = torch.complex(*angles)[0, :, 0]  # (slots, K/2): e^{i·position·θ^(−2j/K)}
         self.starts = torch.zeros(rows, dtype=torch.long, device=device)  # the slot of each row's first real token
         self.slot = torch.zeros(1, dtype=torch.long, device=device)  # the next one to write; `filled` for the device
         self.filled = 0
@@ -59,9 +60,9 @@ class Decoder:
     def load(self, model: GPTForCausalLM) -> None:
         """Take over the model's present weights, in place: a captured graph reads them where they were."""
         layers, ends = fuse(model, self.dtype)
-        for mine, new in zip([*self.layers, self.ends], [*layers, ends], strict=True):
-            for name in mine:
-                mine[name].copy_(new[name])
+        for own, present in zip([*self.layers, self.ends], [*layers, ends], strict=True):
+            for name in own:
+                own[name].copy_(present[name])
         for cache in (*self.keys, *self.values):
             cache.zero_()  # nothing of an earlier call stays, were it NaN
 
@@ -82,17 +83,15 @@ class Decoder:
         with torch.autocast(self.device.type, enabled=False):
             x = F.embedding(prompts, self.ends["embedding"]).float()
             for layer, weights in enumerate(self.layers):
-                q, k, v = (part.transpose(1, 2) for part in self._project(weights, x, turns))  # (B, H or G, P, K)
+                # (B, H or G, P, K)
+                q, k, v = (part.transpose(1, 2).to(self.cache_dtype) for part in self._project(weights, x, turns))
                 for cache, part in ((self.keys[layer], k), (self.values[layer], v)):
                     cache.view(rows, self.groups, -1, self.size)[:, :, :count] = part
                 if layer == len(self.layers) - 1:  # nobody reads what the earlier tokens would become
                     q, x, mask = q[:, :, -1:], x[:, -1:], None if mask is None else mask[:, :, -1:]
+                causal, grouped = mask is None and q.shape[2] > 1, self.heads != self.groups
                 attended = F.scaled_dot_product_attention(
-                    *(part.to(self.cache_dtype) for part in (q, k, v)),
-                    attn_mask=mask,
-                    is_causal=mask is None and q.shape[2] > 1,
-                    scale=1.0,
-                    enable_gqa=self.heads != self.groups,
+                    q, k, v, mask, is_causal=causal, scale=1.0, enable_gqa=grouped
                 )
                 x = self._add(weights, x, attended.transpose(1, 2).flatten(2))
             return self._logits(x[:, -1])
@@ -213,7 +212,7 @@ def fuse(model: GPTForCausalLM, dtype: torch.dtype) -> tuple[list[Weights], Weig
         "norm": model.model.norm.weight.detach().to(torch.float32, copy=True),
         "head": prepacked(model.lm_head.weight.detach().to(dtype, copy=True)),
     }
-    return [fuse_block(block, model.config.head_dim, dtype) for block in model.model.layers], ends
+    return [fuse_block(cast(Block, block), dtype) for block in model.model.layers], ends
 
 
 def prepacked(weight: Tensor) -> Tensor:
@@ -237,9 +236,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def fuse_block(block: torch.nn.Module, size: int, dtype: torch.dtype) -> Weights:
+def fuse_block(block: Block, dtype: torch.dtype) -> Weights:
     """The block's weights with those that read the same input joined; matrices in `dtype`, norms in fp32."""
-    attention, mlp = block.self_attn, block.mlp
+    attention, mlp, size = block.self_attn, block.mlp, block.self_attn.head_dim
     # Rotary pairs (i, i + K/2) are moved side by side, in queries and keys alike, which changes no score: then one
     # complex product turns them all
     pairs = torch.arange(size, device=attention.q_proj.weight.device).view(2, -1).T.flatten()
@@ -294,13 +293,13 @@ def borrowed(model: GPTForCausalLM, rows: int, slots: int) -> Iterator[Decoder]:
         return
     kept = _kept.setdefault(model, {})
     shape = (rows, -(-slots // BLOCK) * BLOCK, compute_dtype(model))
-    decoder = kept.pop(shape, None)  # not in the store while in use: two streams must not share one
     with torch.inference_mode():
-        if decoder is None:
+        if shape in kept:
+            decoder = kept.pop(shape)  # not in the store while in use: two streams must not share one
+            decoder.load(model)
+        else:
             decoder = Decoder(model, *shape[:2])
             decoder.capture()
-        else:
-            decoder.load(model)
     yield decoder
     kept[shape] = decoder
     for oldest in list(kept)[:-KEPT]:

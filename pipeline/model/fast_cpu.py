@@ -155,24 +155,24 @@ class AttentionHalf(torch.autograd.Function):
         q, k, v = F.linear(h, w).unflatten(-1, (-1, size)).split((heads, groups, groups), dim=2)
         q, k = packed(q, torch.float32), packed(k, torch.float32)
         (z_q, r_q), (z_k, r_k) = norm_forward(q, q_norm, eps, q.dtype), norm_forward(k, k_norm, eps, k.dtype)
-        heads_qkv = [by_head(part, heads, dtype) for part in (turn(z_q, turns), turn(z_k, turns), v)]
-        out, probabilities = attention_forward(*heads_qkv)
+        by_heads = [by_head(part, heads, dtype) for part in (turn(z_q, turns), turn(z_k, turns), v)]
+        out, probabilities = attention_forward(*by_heads)
         out = out.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
-        ctx.save_for_backward(
-            x, norm, r, h, w, wo, q, q_norm, r_q, k, k_norm, r_k, turns, out, *heads_qkv, *probabilities
-        )
+        for_parts = q, q_norm, r_q, k, k_norm, r_k
+        ctx.save_for_backward(x, norm, r, h, w, wo, *for_parts, turns, out, *by_heads, *probabilities)
         return x + F.linear(out, wo)
 
     @staticmethod
-    @once_differentiable
     @without_autocast
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm, r, h, w, wo, q, q_norm, r_q, k, k_norm, r_k, turns, out, *for_attention = ctx.saved_tensors
+        x, norm, r, h, w, wo, q, q_norm, r_q, k, k_norm, r_k, turns, out, *by_heads = ctx.saved_tensors
+        q_h, k_h, v_h, *probabilities = by_heads
         heads, groups, size = q.shape[2], k.shape[2], q.shape[3]
         grad_y = grad.to(w.dtype)
         grad_wo = rows(grad_y).T @ rows(out)
         grad_out = by_head((grad_y @ wo).unflatten(-1, (-1, size)), heads, w.dtype)
-        grads = attention_backward(grad_out, *for_attention[:3], for_attention[3:])
+        grads = attention_backward(grad_out, q_h, k_h, v_h, probabilities)
         # Into one tensor of (B, T, H + 2G, K), the gradient of the one product
         grad_qkv = torch.empty(*x.shape[:2], heads + 2 * groups, size, dtype=w.dtype)
         into_q, into_k, into_v = grad_qkv.split((heads, groups, groups), dim=2)
@@ -227,8 +227,8 @@ class MLPHalf(torch.autograd.Function):
         return x + F.linear(product, down)
 
     @staticmethod
-    @once_differentiable
     @without_autocast
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, norm, r, h, w, both, opened, product, down = ctx.saved_tensors
         gate, up = both.chunk(2, dim=-1)
@@ -249,22 +249,19 @@ def rows(x: Tensor) -> Tensor:
     return x.flatten(0, 1)
 
 
-# ---- a block of the GPT ---------------------------------------------------------------------------------------------
+# ---- a block of the GPT, of type Any here: gpt.py imports this file --------------------------------------------------
 
 
-def can_run(block: nn.Module, x: Tensor) -> bool:
+def projections(attention: Any) -> list[Any]:
+    """The four matrices of attention."""
+    return [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+
+
+def can_run(block: Any, x: Tensor) -> bool:
     """Whether `run` says exactly what the block says: stock parts in fp32 on CPU that nothing is attached to (LoRA,
     hooks), rows that are not too long, and no compiler at work, which has its own way to fuse."""
     attention, mlp = block.self_attn, block.mlp
-    linears = (
-        attention.q_proj,
-        attention.k_proj,
-        attention.v_proj,
-        attention.o_proj,
-        mlp.gate_proj,
-        mlp.up_proj,
-        mlp.down_proj,
-    )
+    linears = [*projections(attention), mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
@@ -277,23 +274,14 @@ def can_run(block: nn.Module, x: Tensor) -> bool:
     )
 
 
-def run(block: nn.Module, x: Tensor, angles: tuple[Tensor, Tensor], keep: Tensor | None = None) -> Tensor:
+def run(block: Any, x: Tensor, angles: tuple[Tensor, Tensor], keep: Tensor | None = None) -> Tensor:
     """One block of the GPT without padding on the left: x (B, T, D) → (B, T, D), both fp32, or with `keep` (1, N, D);
     `angles` and `keep` as in gpt.py."""
     attention, mlp = block.self_attn, block.mlp
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
     norm, eps = block.input_layernorm.weight, block.input_layernorm.eps
-    x = AttentionHalf.apply(
-        x,
-        norm,
-        *(part.weight for part in projections),
-        attention.q_norm.weight,
-        attention.k_norm.weight,
-        torch.complex(*angles),
-        eps,
-        dtype,
-    )
+    weights = [part.weight for part in (*projections(attention), attention.q_norm, attention.k_norm)]
+    x = AttentionHalf.apply(x, norm, *weights, torch.complex(*angles), eps, dtype)
     x = x if keep is None else x[keep][None]
     norm = block.post_attention_layernorm.weight
     return MLPHalf.apply(x, norm, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight, eps, dtype)
