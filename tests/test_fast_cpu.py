@@ -66,15 +66,15 @@ def test_states_at_some_places_are_those_of_all(padding, layers):
     mask = torch.arange(20) < torch.tensor([20, 13, 17])[:, None]
     mask = mask if padding == "right" else mask.flip(1)
     keep = mask & (torch.rand(3, 20) < 0.4)
-    found = []
+    results = []
     for asked in (None, keep):
         model.zero_grad()
         states = model.model(ids, mask.long(), keep=asked).last_hidden_state
         states = states[keep] if asked is None else states
         states.square().sum().backward()
-        found.append([states.detach(), *(p.grad.clone() for p in model.model.parameters())])
-    assert found[1][0].shape == (int(keep.sum()), 48)
-    for every, some in zip(*found, strict=True):
+        results.append([states.detach(), *(p.grad.clone() for p in model.model.parameters())])
+    assert results[1][0].shape == (int(keep.sum()), 48)
+    for every, some in zip(*results, strict=True):
         assert_close(some, every)
 
 

@@ -49,8 +49,6 @@ class Decoder:
         # batched product over memory with gaps takes up to twice the time.
         empty = torch.zeros(rows * self.groups, 0, self.size, dtype=self.cache_dtype, device=device)
         self.keys, self.values = [empty] * len(self.layers), [empty] * len(self.layers)
-        # Memory that no cache uses, for the next one to grow; how many slots each will have in the end
-        self.spare, self.most = empty.flatten(), -(-slots // BLOCK) * BLOCK
         self.bias = torch.zeros(rows, 1, 0, device=device)  # (B, 1, S), added to the scores
         self.graph: torch.cuda.CUDAGraph | None = None
         self.fixed = captures(device)
@@ -175,23 +173,10 @@ class Decoder:
         """At least `needed` slots; new ones are zero (0 · NaN would be NaN) and hidden."""
         have = self.bias.shape[-1]
         if needed > have:
-            slots = -(-needed // BLOCK) * BLOCK
-            self.keys = [self._moved(cache, slots) for cache in self.keys]
-            self.values = [self._moved(cache, slots) for cache in self.values]
-            self.bias = F.pad(self.bias, (0, slots - have), value=float("-inf"))
-
-    def _moved(self, cache: Tensor, slots: int) -> Tensor:
-        """`cache` (B·G, S, K) with more slots, in the memory that the one before it left: fresh memory, a page at a
-        time, costs more than the copy."""
-        rows, have, size = cache.shape
-        memory = self.spare
-        if len(memory) < rows * slots * size:
-            memory = torch.empty(rows * max(slots, self.most) * size, dtype=cache.dtype, device=cache.device)
-        moved = memory[: rows * slots * size].view(rows, slots, size)
-        moved[:, :have] = cache
-        moved[:, have:] = 0
-        self.spare = cache.as_strided((cache.untyped_storage().nbytes() // cache.element_size(),), (1,), 0)
-        return moved
+            more = -(-needed // BLOCK) * BLOCK - have
+            self.keys = [F.pad(cache, (0, 0, 0, more)) for cache in self.keys]
+            self.values = [F.pad(cache, (0, 0, 0, more)) for cache in self.values]
+            self.bias = F.pad(self.bias, (0, more), value=float("-inf"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

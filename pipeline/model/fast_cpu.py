@@ -9,8 +9,6 @@ The residual stream and the norms are fp32; matrix products run in `dtype`, bf16
 Shapes: x (B, T, D) fp32 is the residual stream, h = norm(x) in `dtype`; H query heads, G key/value heads of size K.
 """
 
-from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
@@ -22,15 +20,9 @@ QUERIES = 64  # of one block in attention: smaller ones waste fewer masked score
 LONGEST = 512  # tokens of a row: beyond, the probabilities that attention keeps take too much memory
 
 
-def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: products run in the precision of their inputs."""
-
-    @wraps(function)
-    def inside(*args: Any) -> Any:
-        with torch.autocast("cpu", enabled=False):
-            return function(*args)
-
-    return inside
+# Products run in the precision of their inputs: a cast to what they have already, for custom_fwd to switch autocast off
+forward_without_autocast = torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+backward_without_autocast = torch.amp.custom_bwd(device_type="cpu")
 
 
 # ---- RMSNorm --------------------------------------------------------------------------------------------------------
@@ -132,7 +124,7 @@ class AttentionHalf(torch.autograd.Function):
     """x + W_o·attention(rotate(norm(W_q·h)), rotate(norm(W_k·h)), W_v·h) with h = norm(x)."""
 
     @staticmethod
-    @without_autocast
+    @forward_without_autocast
     def forward(
         ctx: Any,
         x: Tensor,
@@ -163,16 +155,16 @@ class AttentionHalf(torch.autograd.Function):
         return x + F.linear(out, wo)
 
     @staticmethod
-    @without_autocast
+    @backward_without_autocast
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm, r, h, w, wo, q, q_norm, r_q, k, k_norm, r_k, turns, out, *by_heads = ctx.saved_tensors
-        q_h, k_h, v_h, *probabilities = by_heads
+        x, norm, r, h, w, wo, q, q_norm, r_q, k, k_norm, r_k, turns, out, *for_attention = ctx.saved_tensors
+        q_by_head, k_by_head, v_by_head, *probabilities = for_attention
         heads, groups, size = q.shape[2], k.shape[2], q.shape[3]
         grad_y = grad.to(w.dtype)
         grad_wo = rows(grad_y).T @ rows(out)
         grad_out = by_head((grad_y @ wo).unflatten(-1, (-1, size)), heads, w.dtype)
-        grads = attention_backward(grad_out, q_h, k_h, v_h, probabilities)
+        grads = attention_backward(grad_out, q_by_head, k_by_head, v_by_head, probabilities)
         # Into one tensor of (B, T, H + 2G, K), the gradient of the one product
         grad_qkv = torch.empty(*x.shape[:2], heads + 2 * groups, size, dtype=w.dtype)
         into_q, into_k, into_v = grad_qkv.split((heads, groups, groups), dim=2)
@@ -191,19 +183,8 @@ class AttentionHalf(torch.autograd.Function):
         grad_w = rows(grad_qkv).T @ rows(h)
         grad_wq, grad_wk, grad_wv = grad_w.float().split((heads * size, groups * size, groups * size))
         grad_x, grad_norm = norm_backward(grad_qkv @ w, x, norm, r)
-        return (
-            grad_x.add_(grad),
-            grad_norm,
-            part_pairs(grad_wq, size),
-            part_pairs(grad_wk, size),
-            grad_wv,
-            grad_wo.float(),
-            norms[0] * size**-0.5,
-            norms[1],
-            None,
-            None,
-            None,
-        )
+        grad_weights = part_pairs(grad_wq, size), part_pairs(grad_wk, size), grad_wv, grad_wo.float()
+        return grad_x.add_(grad), grad_norm, *grad_weights, norms[0] * size**-0.5, norms[1], None, None, None
 
 
 # ---- MLP ------------------------------------------------------------------------------------------------------------
@@ -213,7 +194,7 @@ class MLPHalf(torch.autograd.Function):
     """x + W_down·(silu(W_gate·h) ⊙ W_up·h) with h = norm(x)."""
 
     @staticmethod
-    @without_autocast
+    @forward_without_autocast
     def forward(
         ctx: Any, x: Tensor, norm: Tensor, gate: Tensor, up: Tensor, down: Tensor, eps: float, dtype: torch.dtype
     ) -> Tensor:
@@ -227,7 +208,7 @@ class MLPHalf(torch.autograd.Function):
         return x + F.linear(product, down)
 
     @staticmethod
-    @without_autocast
+    @backward_without_autocast
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, norm, r, h, w, both, opened, product, down = ctx.saved_tensors

@@ -282,14 +282,8 @@ def _respond_with_transformers(
 ) -> tuple[Tensor, Tensor]:
     """As _respond, for any model that transformers can generate with."""
     draw = _Draw(sampling, uniform)
-    config = GenerationConfig(
-        max_new_tokens=len(uniform),
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        eos_token_id=ends,
-        pad_token_id=ends[0],  # after the end nothing is read
-    )
+    # Greedy by default; after the end nothing is read, so any id pads
+    config = GenerationConfig(max_new_tokens=len(uniform), eos_token_id=ends, pad_token_id=ends[0])
     training = model.training
     model.eval()
     try:
