@@ -7,7 +7,7 @@ from gpt_tools import VOCABULARY, assert_close, batch, pair, small_config
 from transformers import Qwen3ForCausalLM
 
 from pipeline.model import fast_cpu
-from pipeline.model.gpt import GPTForCausalLM
+from pipeline.model.gpt import GPTForCausalLM, rotary_angles
 
 
 def test_hand_written_norm_equals_autograd():
@@ -56,6 +56,19 @@ def test_hand_written_block_equals_the_plain_one(monkeypatch, groups, padding):
     assert_close(by_hand, plain)
     for name, parameter in ours.named_parameters():
         assert_close(gradients[name], parameter.grad, name)
+
+
+def test_a_backward_under_autocast_gives_the_same_gradients():
+    block, x = GPTForCausalLM(small_config()).model.layers[0], torch.randn(2, 9, 48)
+    angles, gradients = rotary_angles(torch.arange(9)[None], small_config()), []
+    for inside in (False, True):
+        block.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = fast_cpu.run(block, x, angles)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            out.backward(torch.ones_like(out))
+        gradients.append([p.grad for p in block.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("layers", [0, 1, 3])

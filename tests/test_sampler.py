@@ -57,6 +57,9 @@ def test_layout_of_the_result(model):
         assert (samples.logprobs[i, :length] < 0).all()
         assert (samples.logprobs[i, length:] == 0).all()
     assert samples.ended.any()
+    assert samples.answers(with_end=True) == responses(samples)
+    without = [row[:-1] if ended else row for row, ended in zip(responses(samples), samples.ended, strict=True)]
+    assert samples.answers() == without
 
 
 @pytest.mark.parametrize(
