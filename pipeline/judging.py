@@ -1,7 +1,7 @@
-"""Judge policies on the same held-out prompts: pretrained, SFT, best-of-n, PPO.
+"""Measure policies on the same held-out prompts: pretrained, SFT, best-of-n, PPO.
 
-Five things are looked at together, for each alone can be fooled: the gold score (what we want), the proxy (what PPO was
-paid for), the KL divergence to SFT (the price, Gao et al. 2210.10760), length, and whether the text is still text
+Five things are looked at together, for each alone can be fooled: gold (what we want), the proxy (what PPO was paid
+for), the KL divergence to SFT (the price, Gao et al. 2210.10760), length, and whether the text is still text
 (distinct bigrams, bits per byte under the pretrained model).
 """
 
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.model.gpt import GPTForCausalLM
@@ -91,10 +92,7 @@ def answer(
             generator=generator,
         )
         texts += answer_texts(policy.tokenizer, samples.answers())
-        for row, first, length in zip(
-            samples.sequences.tolist(), samples.prompt_lengths.tolist(), samples.response_lengths.tolist(), strict=True
-        ):
-            responses.append(row[first : first + length])
+        responses += samples.answers(with_end=True)
         ended += samples.ended.tolist()
         advance(len(samples.ended))
     return Answers(list(prompts), ids, responses, ended, [text.strip() for text in texts] if policy.plain else texts)
@@ -119,7 +117,7 @@ def sequence_logprobs(
         width = len(rows[order[-1]])  # the longest of those left
         count = max(1, CHUNK_ELEMENTS // (width * vocabulary))
         chosen, order = order[-count:], order[:-count]
-        ids = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in chosen], device=model.device)
+        ids = pad_sequence([torch.tensor(rows[i]) for i in chosen], batch_first=True).to(model.device)
         ends = torch.tensor([len(rows[i]) for i in chosen], device=model.device)[:, None]
         starts = torch.tensor([len(prompts[i]) for i in chosen], device=model.device)[:, None]
         positions = torch.arange(width, device=model.device)
@@ -214,9 +212,9 @@ def bootstrap_interval(
     values: Sequence[float], level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean (Efron 1979): values (N,) → low, high."""
-    values = np.asarray(values, dtype=np.float64)
     rows = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
-    low, high = np.quantile(values[rows].mean(1), [(1 - level) / 2, (1 + level) / 2])
+    means = np.asarray(values, dtype=np.float64)[rows].mean(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
@@ -226,15 +224,15 @@ def win_rate(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> d
     if a.shape != b.shape or not len(a):
         raise ValueError(f"{len(a)} and {len(b)} scores cannot be compared one by one")
     wins = (a > b) + 0.5 * (a == b)
-    return {"mean": float(wins.mean()), "ci95": list(bootstrap_interval(wins, seed=seed)), "n": len(wins)}
+    return {"mean": float(wins.mean()), "ci95": list(bootstrap_interval(wins.tolist(), seed=seed)), "n": len(wins)}
 
 
-# ---- the whole judgement --------------------------------------------------------------------------------------------
+# ---- the verdict ----------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Verdict:
-    """A policy's answers with the score of each, and the figures over all of them."""
+    """A policy's answers with gold and proxy of each, and the figures over all of them."""
 
     answers: Answers
     gold: list[float] | None
@@ -242,7 +240,7 @@ class Verdict:
     figures: dict[str, Any]
 
 
-def judge(
+def verdict_of(
     answers: Answers,
     *,
     proxy: list[float],
@@ -252,18 +250,21 @@ def judge(
     seed: int = 0,
 ) -> Verdict:
     """Put a policy's answers to the gold judge and count the rest. `fluency` gives the bits per byte of texts."""
-    scores = gold(answers.prompts, answers.texts) if gold else None
+    golds = gold(answers.prompts, answers.texts) if gold else None
     figures = {
-        "gold": float(np.mean(scores)) if scores else None,
+        "gold": float(np.mean(golds)) if golds else None,
         "proxy": float(np.mean(proxy)),
         "kl": kl,
         "length": float(np.mean([len(ids) for ids in answers.response_ids])),
         "distinct_2": distinct_n(answers.texts, 2),
-        "gold_ci95": list(bootstrap_interval(scores, seed=seed)) if scores else None,
+        "gold_ci95": list(bootstrap_interval(golds, seed=seed)) if golds else None,
         "bpb_under_pretrained": fluency(answers.texts),
         "without_eos": 1 - sum(answers.ended) / len(answers.ended),
     }
-    return Verdict(answers, scores, proxy, figures)
+    return Verdict(answers, golds, proxy, figures)
+
+
+judge = verdict_of  # the old name, until stages/evaluate.py calls the new one
 
 
 def samples_of(verdicts: dict[str, Verdict]) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.errors import UserError
 from pipeline.model.hardware import use_bf16
@@ -40,13 +41,13 @@ class RewardModel:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.bf16 = use_bf16(mixed_precision)
         self.tokenizer = load_tokenizer(path)
-        self.model: nn.Module = load_reward(path).to(self.device).eval().requires_grad_(False)
-        if self.model.config.num_labels != 1:
-            raise UserError(f"{path} is a classifier with {self.model.config.num_labels} labels; a reward needs one")
-        fit_embeddings(self.model, self.tokenizer, str(path))
-        self.mean = float(getattr(self.model.config, "reward_mean", 0.0))
-        self.std = float(getattr(self.model.config, "reward_std", 1.0))
-        self.context = getattr(self.model.config, "max_position_embeddings", None)
+        self.model: Any = load_reward(path, self.device).requires_grad_(False)
+        config = self.model.config
+        if config.num_labels != 1:
+            raise UserError(f"{path} is a classifier with {config.num_labels} labels; a reward needs one")
+        fit_embeddings(self.model, self.tokenizer, self.path)
+        self.mean, self.std = float(getattr(config, "reward_mean", 0.0)), float(getattr(config, "reward_std", 1.0))
+        self.context = getattr(config, "max_position_embeddings", None)
 
     def __call__(self, prompts: list[Any], completions: list[Any], **columns: list) -> list[float]:
         """One score a row."""
@@ -60,7 +61,7 @@ class RewardModel:
         return scores
 
     def _encode(self, prompts: list[Any], completions: list[Any]) -> list[list[int]]:
-        texts = []
+        texts: list[Any] = []
         for prompt, completion in zip(prompts, completions, strict=True):
             if isinstance(prompt, str):
                 texts.append(prompt + text_of(completion) + (self.tokenizer.eos_token or ""))
@@ -75,10 +76,8 @@ class RewardModel:
     @torch.no_grad()
     def _forward(self, rows: list[list[int]]) -> Tensor:
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        width = int(lengths.max())
-        pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=self.device)
-        mask = (torch.arange(width, device=self.device) < lengths[:, None]).long()
+        ids = pad_sequence([torch.tensor(row) for row in rows], True, self.tokenizer.pad_token_id).to(self.device)
+        mask = (torch.arange(ids.shape[1], device=self.device) < lengths[:, None]).long()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             if not isinstance(getattr(self.model, "score", None), nn.Linear):
                 return self.model(input_ids=ids, attention_mask=mask).logits.squeeze(-1).float()
@@ -218,14 +217,14 @@ def load_function(name: str) -> RewardFunction:
     if "" not in sys.path and "." not in sys.path:
         sys.path.append(".")
     try:
-        found = getattr(importlib.import_module(module), function, None)
+        reward = getattr(importlib.import_module(module), function, None)
     except ImportError as error:
         raise UserError(f"reward {name}: importing {module} failed ({error}); check the spelling") from error
     except (Exception, SystemExit) as error:  # any at all: the module is the user's
         raise UserError(f"reward {name}: importing {module} failed ({type(error).__name__}: {error})") from error
-    if not callable(found):
+    if not callable(reward):
         raise UserError(f"reward {name}: the module {module} has no function {function}")
-    return found
+    return reward
 
 
 def _first_failing_row(

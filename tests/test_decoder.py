@@ -130,14 +130,15 @@ def test_the_same_samples_where_weights_cannot_be_prepacked(model, monkeypatch):
     assert responses(generate(model, prompts(), generator=seeded(), **settings)) == expected
 
 
-def test_a_cache_that_grows_leaves_nothing_of_what_its_memory_held(model):
-    """Memory comes as it is left; 0 · NaN would be NaN."""
+def test_slots_that_a_cache_has_grown_by_are_zero(model):
+    """They are hidden, but 0 · NaN would be NaN."""
     texts = torch.randint(2, VOCABULARY, (2, BLOCK + 4), generator=seeded(4))
     with torch.inference_mode():
         decoder = Decoder(model, rows=2, slots=BLOCK + 4)
-        decoder.spare = torch.full((10**6,), float("nan"))
         decoder.prefill(texts[:, :3], torch.zeros(2, dtype=torch.long))
         for step in range(3, BLOCK + 4):
-            decoder.spare.fill_(float("nan"))
+            for cache in (*decoder.keys, *decoder.values):
+                assert cache[:, :step].abs().sum() > 0 and not cache[:, step:].any()
             logits = decoder.step(texts[:, step])
+        assert decoder.keys[0].shape[1] == 2 * BLOCK
         torch.testing.assert_close(logits, model(texts).logits[:, -1], rtol=0, atol=2e-5)

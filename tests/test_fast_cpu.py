@@ -7,7 +7,7 @@ from gpt_tools import VOCABULARY, assert_close, batch, pair, small_config
 from transformers import Qwen3ForCausalLM
 
 from pipeline.model import fast_cpu
-from pipeline.model.gpt import GPTForCausalLM
+from pipeline.model.gpt import GPTForCausalLM, rotary_angles
 
 
 def test_hand_written_norm_equals_autograd():
@@ -58,6 +58,19 @@ def test_hand_written_block_equals_the_plain_one(monkeypatch, groups, padding):
         assert_close(gradients[name], parameter.grad, name)
 
 
+def test_a_backward_under_autocast_gives_the_same_gradients():
+    block, x = GPTForCausalLM(small_config()).model.layers[0], torch.randn(2, 9, 48)
+    angles, gradients = rotary_angles(torch.arange(9)[None], small_config()), []
+    for inside in (False, True):
+        block.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = fast_cpu.run(block, x, angles)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            out.backward(torch.ones_like(out))
+        gradients.append([p.grad for p in block.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 @pytest.mark.parametrize("layers", [0, 1, 3])
 @pytest.mark.parametrize("padding", ["right", "left"])  # the hand-written blocks, and the plain ones
 def test_states_at_some_places_are_those_of_all(padding, layers):
@@ -66,15 +79,15 @@ def test_states_at_some_places_are_those_of_all(padding, layers):
     mask = torch.arange(20) < torch.tensor([20, 13, 17])[:, None]
     mask = mask if padding == "right" else mask.flip(1)
     keep = mask & (torch.rand(3, 20) < 0.4)
-    found = []
+    results = []
     for asked in (None, keep):
         model.zero_grad()
         states = model.model(ids, mask.long(), keep=asked).last_hidden_state
         states = states[keep] if asked is None else states
         states.square().sum().backward()
-        found.append([states.detach(), *(p.grad.clone() for p in model.model.parameters())])
-    assert found[1][0].shape == (int(keep.sum()), 48)
-    for every, some in zip(*found, strict=True):
+        results.append([states.detach(), *(p.grad.clone() for p in model.model.parameters())])
+    assert results[1][0].shape == (int(keep.sum()), 48)
+    for every, some in zip(*results, strict=True):
         assert_close(some, every)
 
 

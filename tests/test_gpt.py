@@ -247,3 +247,11 @@ def test_benchmark_runs_and_ends_in_a_json_line(capsys):
     result = train.main(["--quick", "--rounds", "1"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
     assert result["ratio"] > 0 and result["benchmark"] == "train"
+
+
+def test_attention_dropout_acts_in_training_alone():
+    torch.manual_seed(0)
+    ids = torch.randint(1, VOCABULARY, (2, 8))
+    model = GPTForCausalLM(small_config(attention_dropout=0.5))
+    assert torch.equal(model.eval()(ids).logits, model(ids).logits)
+    assert not torch.equal(model.train()(ids).logits, model(ids).logits)

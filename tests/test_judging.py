@@ -20,10 +20,10 @@ from pipeline.judging import (
     bits_per_byte,
     bootstrap_interval,
     distinct_n,
-    judge,
     samples_of,
     sequence_kl,
     sequence_logprobs,
+    verdict_of,
     win_rate,
 )
 from pipeline.runtime.arguments import EvaluateArguments
@@ -219,7 +219,7 @@ def test_answers_are_the_sampled_tokens(sft: Policy) -> None:
 
 def test_a_verdict_counts_what_it_says() -> None:
     answers = Answers(PROMPTS[:2], [[1], [1]], [[9, 9, 5], [9, 9, 9, 9, 9]], [True, False], ["a b a b", "a b"])
-    verdict = judge(answers, proxy=[1.0, 2.0], gold=lambda prompts, texts: [0.25, 0.75], kl=3.5, fluency=lambda t: 1.5)
+    verdict = verdict_of(answers, proxy=[1.0, 2.0], gold=lambda p, texts: [0.25, 0.75], kl=3.5, fluency=lambda t: 1.5)
     low, high = verdict.figures.pop("gold_ci95")
     assert low == 0.25 and high == 0.75
     assert verdict.figures == {

@@ -25,14 +25,14 @@ def test_recomputed_blocks_change_no_weight(tmp_path, name, lora):
     """Blocks run once more in each backward pass, dropout stays off, and the result is the same to the bit."""
     made, calls = [], []
     for on in (False, True):
-        models, found = build(name, lora), []
+        models, with_grad = build(name, lora), []
         block = next(m for m in without_wrapper(models[0]).modules() if isinstance(m, GradientCheckpointingLayer))
         norm = block.ln_1 if name == "gpt2" else block.input_layernorm
-        norm.register_forward_hook(lambda *call, found=found: found.append(torch.is_grad_enabled()))
+        norm.register_forward_hook(lambda *call, with_grad=with_grad: with_grad.append(torch.is_grad_enabled()))
         run = trainer(tmp_path / str(on), models=models, total_episodes=8, gradient_checkpointing=on)
         run.train()
         made.append(run)
-        calls.append(sum(found))
+        calls.append(sum(with_grad))
     assert calls == [8, 16]  # 2 epochs × 2 mini-batches × 2 micro-batches
     assert made[1].rows[0]["val/ratio_first"] == 1.0
     assert end_alike(*made)

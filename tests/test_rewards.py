@@ -36,19 +36,19 @@ def score_alone(model, ids):
 def test_conversations_are_scored_through_the_models_own_template(tmp_path):
     model = critic(seed=4)
     reward = RewardModel(saved(tmp_path, model), mixed_precision="no", batch_size=2)
-    found = reward(TALK, ANSWERS, unused=[1, 2, 3])
+    scores = reward(TALK, ANSWERS, unused=[1, 2, 3])
     rows = [[3, 6, 7, 5, 4, 10, 11, 12, 13, 5], [3, 8, 5, 4, 10, 5], [3, 9, 5, 4, 12, 13, 5]]
-    assert found == pytest.approx([score_alone(model, row) for row in rows], abs=1e-5)
+    assert scores == pytest.approx([score_alone(model, row) for row in rows], abs=1e-5)
     messages = [[{"role": "assistant", "content": text}] for text in ANSWERS]
-    assert reward(TALK, messages) == found
+    assert reward(TALK, messages) == scores
 
 
 def test_plain_text_ends_with_the_models_end_token(tmp_path):
     model = critic(seed=4)
     reward = RewardModel(saved(tmp_path, model), mixed_precision="no")
     # The end token is glued to the text, so a word model needs the space in the answer.
-    found = reward(["t6 t7 "], ["t10 "])
-    assert found == pytest.approx([score_alone(model, [6, 7, 10, 1])], abs=1e-5)
+    scores = reward(["t6 t7 "], ["t10 "])
+    assert scores == pytest.approx([score_alone(model, [6, 7, 10, 1])], abs=1e-5)
 
 
 def test_a_reward_model_with_another_tokenizer(tmp_path):
@@ -110,8 +110,8 @@ def test_a_conversation_longer_than_the_context_keeps_its_end(tmp_path):
     model = critic(seed=4)
     reward = RewardModel(saved(tmp_path, model), mixed_precision="no")
     ids = [3, 6, 5, 4] + [10] * 60 + [5]
-    found = reward([[{"role": "user", "content": "t6"}]], [" ".join(["t10"] * 60)])
-    assert found == pytest.approx([score_alone(model, ids[-48:])], abs=1e-5)
+    scores = reward([[{"role": "user", "content": "t6"}]], [" ".join(["t10"] * 60)])
+    assert scores == pytest.approx([score_alone(model, ids[-48:])], abs=1e-5)
 
 
 # --- functions and mixes ----------------------------------------------------------------------------------------------
@@ -135,9 +135,9 @@ def test_functions_and_models_mix_by_weight(functions, tmp_path):
     path = saved(tmp_path / "model")
     mix = load_rewards(["some_rewards:length", "some_rewards:answer", path], [0.5, -2.0, 3.0], mixed_precision="no")
     model = RewardModel(path, mixed_precision="no")(TALK, ANSWERS)
-    found = mix(TALK, ANSWERS, answer=["t11", "t11", "t13"])
+    scores = mix(TALK, ANSWERS, answer=["t11", "t11", "t13"])
     expected = [0.5 * 4 - 2 + 3 * model[0], 0.5 + 3 * model[1], 0.5 * 2 - 2 + 3 * model[2]]
-    assert found == pytest.approx(expected, abs=1e-4)
+    assert scores == pytest.approx(expected, abs=1e-4)
     assert load_rewards(["some_rewards:length"])(TALK, ANSWERS) == [4.0, 1.0, 2.0]
 
 
@@ -292,8 +292,8 @@ def test_running_moments_are_those_of_all_processes():
     mine, other = torch.tensor([1.0, 5.0]), torch.tensor([2.0, 8.0, 3.0])
     mean = torch.cat([mine, other]).mean().item()
     shares = iter([torch.tensor([3.0, 13.0]), ((other - mean) ** 2).sum()])
-    found = add_to_moments([2.0, 4.0, 2.0], mine, lambda tensor: tensor + next(shares))
-    assert found == pytest.approx(add_to_moments([2.0, 4.0, 2.0], torch.cat([mine, other])), rel=1e-6)
+    moments = add_to_moments([2.0, 4.0, 2.0], mine, lambda tensor: tensor + next(shares))
+    assert moments == pytest.approx(add_to_moments([2.0, 4.0, 2.0], torch.cat([mine, other])), rel=1e-6)
 
 
 def test_scores_are_normalised_then_clipped():

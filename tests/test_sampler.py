@@ -57,6 +57,9 @@ def test_layout_of_the_result(model):
         assert (samples.logprobs[i, :length] < 0).all()
         assert (samples.logprobs[i, length:] == 0).all()
     assert samples.ended.any()
+    assert samples.answers(with_end=True) == responses(samples)
+    without = [row[:-1] if ended else row for row, ended in zip(responses(samples), samples.ended, strict=True)]
+    assert samples.answers() == without
 
 
 @pytest.mark.parametrize(
@@ -140,9 +143,9 @@ def test_draws_of_the_whole_loop_follow_the_model(model):
         expected_second = model(torch.tensor([[*prompt, likely]])).logits[0, -1].softmax(-1) * len(second)
     for drawn, expectation in ((first, expected), (second, expected_second)):
         counts = torch.bincount(drawn, minlength=VOCABULARY).float()
-        common = expectation > 5
-        statistic = ((counts - expectation) ** 2 / expectation)[common].sum().item()
-        freedom = int(common.sum())
+        frequent = expectation > 5
+        statistic = ((counts - expectation) ** 2 / expectation)[frequent].sum().item()
+        freedom = int(frequent.sum())
         assert statistic < freedom + 4 * (2 * freedom) ** 0.5
 
 

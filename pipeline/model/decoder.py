@@ -8,13 +8,14 @@ the slots that are empty or padding. On CUDA it is therefore captured once as a 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.model.gpt import GPTForCausalLM
+from pipeline.model.gpt import Block, GPTForCausalLM, rotary_angles
 
 BLOCK = 32  # slots that the cache on CPU grows by: fewer are copied too often, more are read while empty
 ROWS = 64  # that packed weights are laid out for; any other number multiplies, too
@@ -32,14 +33,14 @@ class Decoder:
 
     def __init__(self, model: GPTForCausalLM, rows: int, slots: int):
         config, device = model.config, model.device
-        self.heads, self.groups, self.size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.heads, self.size = config.num_attention_heads, config.head_dim
+        self.groups = config.num_key_value_heads or self.heads
         self.eps, self.device, self.dtype = config.rms_norm_eps, device, compute_dtype(model)
         self.layers, self.ends = fuse(model, self.dtype)
         # fp32 on CPU, where attention is faster in it
         self.cache_dtype = torch.float32 if device.type == "cpu" else self.dtype
-        exponents = torch.arange(0, self.size, 2, device=device, dtype=torch.float32) / self.size
-        angles = torch.arange(slots, device=device)[:, None] * config.rope_parameters["rope_theta"] ** -exponents
-        self.turns = torch.polar(torch.ones_like(angles), angles)  # (slots, K/2): e^{i·position·θ^(−2j/K)}
+        angles = rotary_angles(torch.arange(slots, device=device)[None], config)
+        self.turns = torch.complex(*angles)[0, :, 0]  # (slots, K/2): e^{i·position·θ^(−2j/K)}
         self.starts = torch.zeros(rows, dtype=torch.long, device=device)  # the slot of each row's first real token
         self.slot = torch.zeros(1, dtype=torch.long, device=device)  # the next one to write; `filled` for the device
         self.filled = 0
@@ -48,8 +49,6 @@ class Decoder:
         # batched product over memory with gaps takes up to twice the time.
         empty = torch.zeros(rows * self.groups, 0, self.size, dtype=self.cache_dtype, device=device)
         self.keys, self.values = [empty] * len(self.layers), [empty] * len(self.layers)
-        # Memory that no cache uses, for the next one to grow; how many slots each will have in the end
-        self.spare, self.most = empty.flatten(), -(-slots // BLOCK) * BLOCK
         self.bias = torch.zeros(rows, 1, 0, device=device)  # (B, 1, S), added to the scores
         self.graph: torch.cuda.CUDAGraph | None = None
         self.fixed = captures(device)
@@ -59,9 +58,9 @@ class Decoder:
     def load(self, model: GPTForCausalLM) -> None:
         """Take over the model's present weights, in place: a captured graph reads them where they were."""
         layers, ends = fuse(model, self.dtype)
-        for mine, new in zip([*self.layers, self.ends], [*layers, ends], strict=True):
-            for name in mine:
-                mine[name].copy_(new[name])
+        for own, present in zip([*self.layers, self.ends], [*layers, ends], strict=True):
+            for name in own:
+                own[name].copy_(present[name])
         for cache in (*self.keys, *self.values):
             cache.zero_()  # nothing of an earlier call stays, were it NaN
 
@@ -82,17 +81,15 @@ class Decoder:
         with torch.autocast(self.device.type, enabled=False):
             x = F.embedding(prompts, self.ends["embedding"]).float()
             for layer, weights in enumerate(self.layers):
-                q, k, v = (part.transpose(1, 2) for part in self._project(weights, x, turns))  # (B, H or G, P, K)
+                # (B, H or G, P, K)
+                q, k, v = (part.transpose(1, 2).to(self.cache_dtype) for part in self._project(weights, x, turns))
                 for cache, part in ((self.keys[layer], k), (self.values[layer], v)):
                     cache.view(rows, self.groups, -1, self.size)[:, :, :count] = part
                 if layer == len(self.layers) - 1:  # nobody reads what the earlier tokens would become
                     q, x, mask = q[:, :, -1:], x[:, -1:], None if mask is None else mask[:, :, -1:]
+                causal, grouped = mask is None and q.shape[2] > 1, self.heads != self.groups
                 attended = F.scaled_dot_product_attention(
-                    *(part.to(self.cache_dtype) for part in (q, k, v)),
-                    attn_mask=mask,
-                    is_causal=mask is None and q.shape[2] > 1,
-                    scale=1.0,
-                    enable_gqa=self.heads != self.groups,
+                    q, k, v, mask, is_causal=causal, scale=1.0, enable_gqa=grouped
                 )
                 x = self._add(weights, x, attended.transpose(1, 2).flatten(2))
             return self._logits(x[:, -1])
@@ -176,23 +173,10 @@ class Decoder:
         """At least `needed` slots; new ones are zero (0 · NaN would be NaN) and hidden."""
         have = self.bias.shape[-1]
         if needed > have:
-            slots = -(-needed // BLOCK) * BLOCK
-            self.keys = [self._moved(cache, slots) for cache in self.keys]
-            self.values = [self._moved(cache, slots) for cache in self.values]
-            self.bias = F.pad(self.bias, (0, slots - have), value=float("-inf"))
-
-    def _moved(self, cache: Tensor, slots: int) -> Tensor:
-        """`cache` (B·G, S, K) with more slots, in the memory that the one before it left: fresh memory, a page at a
-        time, costs more than the copy."""
-        rows, have, size = cache.shape
-        memory = self.spare
-        if len(memory) < rows * slots * size:
-            memory = torch.empty(rows * max(slots, self.most) * size, dtype=cache.dtype, device=cache.device)
-        moved = memory[: rows * slots * size].view(rows, slots, size)
-        moved[:, :have] = cache
-        moved[:, have:] = 0
-        self.spare = cache.as_strided((cache.untyped_storage().nbytes() // cache.element_size(),), (1,), 0)
-        return moved
+            more = -(-needed // BLOCK) * BLOCK - have
+            self.keys = [F.pad(cache, (0, 0, 0, more)) for cache in self.keys]
+            self.values = [F.pad(cache, (0, 0, 0, more)) for cache in self.values]
+            self.bias = F.pad(self.bias, (0, more), value=float("-inf"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -213,7 +197,7 @@ def fuse(model: GPTForCausalLM, dtype: torch.dtype) -> tuple[list[Weights], Weig
         "norm": model.model.norm.weight.detach().to(torch.float32, copy=True),
         "head": prepacked(model.lm_head.weight.detach().to(dtype, copy=True)),
     }
-    return [fuse_block(block, model.config.head_dim, dtype) for block in model.model.layers], ends
+    return [fuse_block(cast(Block, block), dtype) for block in model.model.layers], ends
 
 
 def prepacked(weight: Tensor) -> Tensor:
@@ -237,9 +221,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def fuse_block(block: torch.nn.Module, size: int, dtype: torch.dtype) -> Weights:
+def fuse_block(block: Block, dtype: torch.dtype) -> Weights:
     """The block's weights with those that read the same input joined; matrices in `dtype`, norms in fp32."""
-    attention, mlp = block.self_attn, block.mlp
+    attention, mlp, size = block.self_attn, block.mlp, block.self_attn.head_dim
     # Rotary pairs (i, i + K/2) are moved side by side, in queries and keys alike, which changes no score: then one
     # complex product turns them all
     pairs = torch.arange(size, device=attention.q_proj.weight.device).view(2, -1).T.flatten()
@@ -294,13 +278,13 @@ def borrowed(model: GPTForCausalLM, rows: int, slots: int) -> Iterator[Decoder]:
         return
     kept = _kept.setdefault(model, {})
     shape = (rows, -(-slots // BLOCK) * BLOCK, compute_dtype(model))
-    decoder = kept.pop(shape, None)  # not in the store while in use: two streams must not share one
     with torch.inference_mode():
-        if decoder is None:
+        if shape in kept:
+            decoder = kept.pop(shape)  # not in the store while in use: two streams must not share one
+            decoder.load(model)
+        else:
             decoder = Decoder(model, *shape[:2])
             decoder.capture()
-        else:
-            decoder.load(model)
     yield decoder
     kept[shape] = decoder
     for oldest in list(kept)[:-KEPT]:

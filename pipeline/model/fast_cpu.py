@@ -9,8 +9,6 @@ The residual stream and the norms are fp32; matrix products run in `dtype`, bf16
 Shapes: x (B, T, D) fp32 is the residual stream, h = norm(x) in `dtype`; H query heads, G key/value heads of size K.
 """
 
-from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
@@ -22,15 +20,9 @@ QUERIES = 64  # of one block in attention: smaller ones waste fewer masked score
 LONGEST = 512  # tokens of a row: beyond, the probabilities that attention keeps take too much memory
 
 
-def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: products run in the precision of their inputs."""
-
-    @wraps(function)
-    def inside(*args: Any) -> Any:
-        with torch.autocast("cpu", enabled=False):
-            return function(*args)
-
-    return inside
+# Products run in the precision of their inputs: a cast to what they have already, for custom_fwd to switch autocast off
+forward_without_autocast = torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+backward_without_autocast = torch.amp.custom_bwd(device_type="cpu")
 
 
 # ---- RMSNorm --------------------------------------------------------------------------------------------------------
@@ -132,7 +124,7 @@ class AttentionHalf(torch.autograd.Function):
     """x + W_o·attention(rotate(norm(W_q·h)), rotate(norm(W_k·h)), W_v·h) with h = norm(x)."""
 
     @staticmethod
-    @without_autocast
+    @forward_without_autocast
     def forward(
         ctx: Any,
         x: Tensor,
@@ -155,24 +147,24 @@ class AttentionHalf(torch.autograd.Function):
         q, k, v = F.linear(h, w).unflatten(-1, (-1, size)).split((heads, groups, groups), dim=2)
         q, k = packed(q, torch.float32), packed(k, torch.float32)
         (z_q, r_q), (z_k, r_k) = norm_forward(q, q_norm, eps, q.dtype), norm_forward(k, k_norm, eps, k.dtype)
-        heads_qkv = [by_head(part, heads, dtype) for part in (turn(z_q, turns), turn(z_k, turns), v)]
-        out, probabilities = attention_forward(*heads_qkv)
+        by_heads = [by_head(part, heads, dtype) for part in (turn(z_q, turns), turn(z_k, turns), v)]
+        out, probabilities = attention_forward(*by_heads)
         out = out.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
-        ctx.save_for_backward(
-            x, norm, r, h, w, wo, q, q_norm, r_q, k, k_norm, r_k, turns, out, *heads_qkv, *probabilities
-        )
+        for_parts = q, q_norm, r_q, k, k_norm, r_k
+        ctx.save_for_backward(x, norm, r, h, w, wo, *for_parts, turns, out, *by_heads, *probabilities)
         return x + F.linear(out, wo)
 
     @staticmethod
+    @backward_without_autocast
     @once_differentiable
-    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, norm, r, h, w, wo, q, q_norm, r_q, k, k_norm, r_k, turns, out, *for_attention = ctx.saved_tensors
+        q_by_head, k_by_head, v_by_head, *probabilities = for_attention
         heads, groups, size = q.shape[2], k.shape[2], q.shape[3]
         grad_y = grad.to(w.dtype)
         grad_wo = rows(grad_y).T @ rows(out)
         grad_out = by_head((grad_y @ wo).unflatten(-1, (-1, size)), heads, w.dtype)
-        grads = attention_backward(grad_out, *for_attention[:3], for_attention[3:])
+        grads = attention_backward(grad_out, q_by_head, k_by_head, v_by_head, probabilities)
         # Into one tensor of (B, T, H + 2G, K), the gradient of the one product
         grad_qkv = torch.empty(*x.shape[:2], heads + 2 * groups, size, dtype=w.dtype)
         into_q, into_k, into_v = grad_qkv.split((heads, groups, groups), dim=2)
@@ -191,19 +183,8 @@ class AttentionHalf(torch.autograd.Function):
         grad_w = rows(grad_qkv).T @ rows(h)
         grad_wq, grad_wk, grad_wv = grad_w.float().split((heads * size, groups * size, groups * size))
         grad_x, grad_norm = norm_backward(grad_qkv @ w, x, norm, r)
-        return (
-            grad_x.add_(grad),
-            grad_norm,
-            part_pairs(grad_wq, size),
-            part_pairs(grad_wk, size),
-            grad_wv,
-            grad_wo.float(),
-            norms[0] * size**-0.5,
-            norms[1],
-            None,
-            None,
-            None,
-        )
+        grad_weights = part_pairs(grad_wq, size), part_pairs(grad_wk, size), grad_wv, grad_wo.float()
+        return grad_x.add_(grad), grad_norm, *grad_weights, norms[0] * size**-0.5, norms[1], None, None, None
 
 
 # ---- MLP ------------------------------------------------------------------------------------------------------------
@@ -213,7 +194,7 @@ class MLPHalf(torch.autograd.Function):
     """x + W_down·(silu(W_gate·h) ⊙ W_up·h) with h = norm(x)."""
 
     @staticmethod
-    @without_autocast
+    @forward_without_autocast
     def forward(
         ctx: Any, x: Tensor, norm: Tensor, gate: Tensor, up: Tensor, down: Tensor, eps: float, dtype: torch.dtype
     ) -> Tensor:
@@ -227,8 +208,8 @@ class MLPHalf(torch.autograd.Function):
         return x + F.linear(product, down)
 
     @staticmethod
+    @backward_without_autocast
     @once_differentiable
-    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, norm, r, h, w, both, opened, product, down = ctx.saved_tensors
         gate, up = both.chunk(2, dim=-1)
@@ -249,22 +230,19 @@ def rows(x: Tensor) -> Tensor:
     return x.flatten(0, 1)
 
 
-# ---- a block of the GPT ---------------------------------------------------------------------------------------------
+# ---- a block of the GPT, of type Any here: gpt.py imports this file --------------------------------------------------
 
 
-def can_run(block: nn.Module, x: Tensor) -> bool:
+def projections(attention: Any) -> list[Any]:
+    """The four matrices of attention."""
+    return [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+
+
+def can_run(block: Any, x: Tensor) -> bool:
     """Whether `run` says exactly what the block says: stock parts in fp32 on CPU that nothing is attached to (LoRA,
     hooks), rows that are not too long, and no compiler at work, which has its own way to fuse."""
     attention, mlp = block.self_attn, block.mlp
-    linears = (
-        attention.q_proj,
-        attention.k_proj,
-        attention.v_proj,
-        attention.o_proj,
-        mlp.gate_proj,
-        mlp.up_proj,
-        mlp.down_proj,
-    )
+    linears = [*projections(attention), mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
@@ -277,23 +255,14 @@ def can_run(block: nn.Module, x: Tensor) -> bool:
     )
 
 
-def run(block: nn.Module, x: Tensor, angles: tuple[Tensor, Tensor], keep: Tensor | None = None) -> Tensor:
+def run(block: Any, x: Tensor, angles: tuple[Tensor, Tensor], keep: Tensor | None = None) -> Tensor:
     """One block of the GPT without padding on the left: x (B, T, D) → (B, T, D), both fp32, or with `keep` (1, N, D);
     `angles` and `keep` as in gpt.py."""
     attention, mlp = block.self_attn, block.mlp
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
     norm, eps = block.input_layernorm.weight, block.input_layernorm.eps
-    x = AttentionHalf.apply(
-        x,
-        norm,
-        *(part.weight for part in projections),
-        attention.q_norm.weight,
-        attention.k_norm.weight,
-        torch.complex(*angles),
-        eps,
-        dtype,
-    )
+    weights = [part.weight for part in (*projections(attention), attention.q_norm, attention.k_norm)]
+    x = AttentionHalf.apply(x, norm, *weights, torch.complex(*angles), eps, dtype)
     x = x if keep is None else x[keep][None]
     norm = block.post_attention_layernorm.weight
     return MLPHalf.apply(x, norm, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight, eps, dtype)

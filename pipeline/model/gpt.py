@@ -10,8 +10,9 @@ Shapes: B batch, T tokens, D hidden, H query heads, G key/value heads (H a multi
 """
 
 import json
+from os import PathLike
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -48,9 +49,9 @@ def rotary_angles(positions: Tensor, config: Qwen3Config) -> tuple[Tensor, Tenso
 
     Computed at each forward, once for all layers: a non-persistent buffer would hold garbage after `from_pretrained`.
     """
-    theta, size = config.rope_parameters["rope_theta"], config.head_dim
-    exponents = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size
-    angles = (positions[..., None].float() * theta**-exponents)[:, :, None]
+    rope: Any = config.rope_parameters
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
+    angles = (positions[..., None].float() * rope["rope_theta"] ** -exponents)[:, :, None]
     return angles.cos(), angles.sin()
 
 
@@ -103,13 +104,13 @@ class Attention(nn.Module):
     def __init__(self, config: Qwen3Config, layer: int):
         super().__init__()
         self.layer, self.head_dim, self.dropout = layer, config.head_dim, config.attention_dropout
-        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        heads, groups = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
         self.grouped = heads != groups
         self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=config.attention_bias)
         self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=config.attention_bias)
-        self.o_proj.init_std = residual_std(config)
+        self.o_proj.init_std = residual_std(config)  # type: ignore[assignment]
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
@@ -124,16 +125,10 @@ class Attention(nn.Module):
         q, k, v = (part.transpose(1, 2).to(dtype) for part in (q, k, v))
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
-        with torch.autocast(x.device.type, enabled=False):
-            out = F.scaled_dot_product_attention(  # softmax(q·kᵀ/√K + bias)·v
-                q,
-                k,
-                v,
-                attn_mask=None if bias is None else bias.to(dtype),
-                dropout_p=self.dropout if self.training else 0.0,
-                is_causal=bias is None and q.shape[2] > 1,
-                enable_gqa=self.grouped,
-            )
+        causal, mask = bias is None and q.shape[2] > 1, None if bias is None else bias.to(dtype)
+        dropout = self.dropout if self.training else 0.0
+        with torch.autocast(x.device.type, enabled=False):  # softmax(q·kᵀ/√K + bias)·v
+            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=self.grouped)
         return self.o_proj(out.transpose(1, 2).flatten(2).to(x.dtype))
 
 
@@ -145,7 +140,7 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.down_proj.init_std = residual_std(config)
+        self.down_proj.init_std = residual_std(config)  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -178,10 +173,10 @@ class Block(GradientCheckpointingLayer):
 class GPTPreTrainedModel(PreTrainedModel):
     """What the GPT's classes share: config, initialisation, saving under the stock names."""
 
-    config_class = Qwen3Config
+    config: Qwen3Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar = ["Block"]
+    _no_split_modules: ClassVar = ["Block"]  # type: ignore[misc]
     _supports_sdpa = True
     stock_architecture = "Qwen3Model"
 
@@ -189,18 +184,18 @@ class GPTPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """N(0, 0.02), except where a Linear carries its own `init_std`."""
         std = getattr(module, "init_std", None)
-        if std is None:
-            super()._init_weights(module)
-        else:
+        if isinstance(module, nn.Linear) and std is not None:
             init.normal_(module.weight, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | PathLike, is_main_process: bool = True, *args, **kwargs) -> None:
         """As transformers saves, with the stock class under "architectures", so that any tool opens the folder."""
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         path = Path(save_directory) / "config.json"
-        if kwargs.get("is_main_process", True) and path.exists():
+        if is_main_process and path.exists():
             config = json.loads(path.read_text())
             path.write_text(json.dumps(config | {"architectures": [self.stock_architecture]}, indent=2) + "\n")
 
@@ -210,7 +205,8 @@ class GPTModel(GPTPreTrainedModel):
 
     def __init__(self, config: Qwen3Config):
         super().__init__(config)
-        if config.use_sliding_window or config.hidden_act != "silu" or config.rope_parameters["rope_type"] != "default":
+        rope: Any = config.rope_parameters
+        if config.use_sliding_window or config.hidden_act != "silu" or rope["rope_type"] != "default":
             raise ValueError(
                 "this GPT has full attention, silu and plain rotary positions only; open a Qwen3 model with sliding "
                 "windows, another activation or scaled rotary positions through AutoModelForCausalLM"
@@ -255,7 +251,7 @@ class GPTModel(GPTPreTrainedModel):
 class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
     """The language model: p(next token | tokens so far) = softmax(lm_head(hidden))."""
 
-    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}  # type: ignore[misc]
     stock_architecture = "Qwen3ForCausalLM"
 
     def __init__(self, config: Qwen3Config):
@@ -311,9 +307,9 @@ class GPTForSequenceClassification(GPTPreTrainedModel):
 
     def __init__(self, config: Qwen3Config):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = config.num_labels or 1
         self.model = GPTModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.score.init_std = (config.hidden_size + 1) ** -0.5  # the N+ implementation details, 2403.17031
         self.post_init()
 

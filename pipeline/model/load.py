@@ -54,7 +54,7 @@ def _some(names: list[str]) -> str:
 def load_critic(path: str, device: torch.device | str | None = None) -> PreTrainedModel:
     """A value model: the trunk of `path` (a policy or a reward model), a new head N(0, 1/(d+1)) (arXiv 2403.17031)."""
     critic = load_reward(path, device, trained=False)
-    head = critic.score
+    head: Any = critic.score
     nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
     # The reward model's standardisation is of its own head, which is gone.
     for name in ("reward_mean", "reward_std"):
@@ -80,7 +80,8 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: Any, path: str) -> None:
 
     The new row is drawn around the mean of the others, so that its logit is an ordinary one.
     """
-    size = model.get_input_embeddings().num_embeddings
+    embeddings: Any = model.get_input_embeddings()
+    size = embeddings.num_embeddings
     if len(tokenizer) == size + 1 and tokenizer.pad_token_id == size:
         model.resize_token_embeddings(len(tokenizer))
     check_fits(tokenizer, model.config.get_text_config().vocab_size, path)
@@ -92,7 +93,7 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def _load(
-    path: str, ours: type, stock: type, device: torch.device | str | None, **kwargs: object
+    path: str, ours: Any, stock: Any, device: torch.device | str | None, **kwargs: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model and transformers' report on what was missing in the folder."""
     if is_local(path) and not (Path(path) / "config.json").is_file():
@@ -108,7 +109,7 @@ def _load(
     return (model.to(device) if device is not None else model).eval(), info
 
 
-def _load_adapter(path: str, *kinds: Any, **kwargs: object) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _load_adapter(path: str, *kinds: Any, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     from peft import PeftModel
 
     base = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]

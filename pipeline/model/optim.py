@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -20,16 +20,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Iterable[dict[str, Any]]) -> None:
-        groups = list(params)
-        super().__init__(groups, {"lr": 1e-3})
-        self.halves = [
-            half(chosen)
-            for half, chosen in (
-                (_muon, [g for g in self.param_groups if g["use_muon"]]),
-                (_adamw, [g for g in self.param_groups if not g["use_muon"]]),
-            )
-            if chosen
-        ]
+        super().__init__(params, {"lr": 1e-3})
+        muon, adamw = ([dict(g) for g in self.param_groups if g["use_muon"] == chosen] for chosen in (True, False))
+        self.halves: list[torch.optim.Optimizer] = []
+        if muon:
+            self.halves.append(torch.optim.Muon(muon, momentum=0.95, nesterov=True))
+        if adamw:
+            self.halves.append(torch.optim.AdamW(adamw, fused=True))
         self._share_groups()
 
     def _share_groups(self) -> None:
@@ -43,7 +40,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             half.param_groups, half.state = mine, self.state
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Tensor | None:
+    def step(self, closure: Any = None) -> Any:
         """One step of both halves."""
         loss = closure() if closure is not None else None
         for half in self.halves:
@@ -56,38 +53,26 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._share_groups()
 
 
-def _muon(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    return torch.optim.Muon([dict(g) for g in groups], momentum=0.95, nesterov=True)
-
-
-def _adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([dict(g) for g in groups], fused=True)
-
-
 def parameter_groups(
-    model: nn.Module, muon_learning_rate: float, learning_rate: float, weight_decay: float, adam_beta2: float
+    model: PreTrainedModel, muon_learning_rate: float, learning_rate: float, weight_decay: float, adam_beta2: float
 ) -> list[dict[str, Any]]:
     """Groups for MuonWithAdamW: hidden matrices to Muon; embeddings, heads and norms to AdamW without decay."""
-    hidden, tables, vectors = [], [], []
     tables_and_heads = (model.get_input_embeddings(), model.get_output_embeddings(), getattr(model, "score", None))
-    ends = {id(p) for module in tables_and_heads if module is not None for p in module.parameters()}
-    for parameter in model.parameters():
-        if id(parameter) in ends:
-            tables.append(parameter)
-        else:
-            (hidden if parameter.ndim == 2 else vectors).append(parameter)
-    betas = (0.9, adam_beta2)
+    ends = {p for module in tables_and_heads if module is not None for p in module.parameters()}
+    inside = [p for p in model.parameters() if p not in ends]
+    hidden, vectors = ([p for p in inside if (p.ndim == 2) == matrices] for matrices in (True, False))
+    tables = [p for p in model.parameters() if p in ends]
+    adamw = {"use_muon": False, "lr": learning_rate, "weight_decay": 0.0, "betas": (0.9, adam_beta2)}
     return [
         {"params": hidden, "use_muon": True, "lr": muon_learning_rate, "weight_decay": weight_decay},
-        {"params": tables, "use_muon": False, "lr": learning_rate, "weight_decay": 0.0, "betas": betas},
-        {"params": vectors, "use_muon": False, "lr": learning_rate, "weight_decay": 0.0, "betas": betas},
+        {"params": tables, **adamw},
+        {"params": vectors, **adamw},
     ]
 
 
 class MuonFactory:
     """What the Trainer takes as `optimizer_cls_and_kwargs`: called with the model, it builds the optimizer."""
 
-    def __call__(self, model: nn.Module, **kwargs: float) -> MuonWithAdamW:
+    def __call__(self, model: Any, **kwargs: float) -> MuonWithAdamW:
         """Keyword arguments are those of parameter_groups."""
-        bare = getattr(model, "module", model)
-        return MuonWithAdamW(parameter_groups(bare, **kwargs))
+        return MuonWithAdamW(parameter_groups(getattr(model, "module", model), **kwargs))

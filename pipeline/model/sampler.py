@@ -6,18 +6,21 @@ result.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from pipeline.errors import UserError
-from pipeline.model.decoder import borrowed
+from pipeline.model.decoder import Decoder, borrowed
 from pipeline.model.gpt import GPTForCausalLM
+from pipeline.model.lora import without_wrapper
 
 LOOK = 16  # steps on CUDA from one look at which rows have ended to the next: each makes the host wait for the device
 
@@ -39,9 +42,9 @@ class Samples:
     ended: Tensor
     logprobs: Tensor
 
-    def answers(self) -> list[list[int]]:
-        """Each response as token ids, without its end token."""
-        ends = self.prompt_lengths + self.response_lengths - self.ended.long()
+    def answers(self, with_end: bool = False) -> list[list[int]]:
+        """Each response as token ids, with its end token where it has one or without."""
+        ends = self.prompt_lengths + self.response_lengths - (0 if with_end else self.ended.long())
         spans = zip(self.sequences.tolist(), self.prompt_lengths.tolist(), ends.tolist(), strict=True)
         return [row[start:end] for row, start, end in spans]
 
@@ -78,18 +81,11 @@ class Sampling:
 
     def filter(self, logprobs: Tensor) -> Tensor:
         """−inf for the tokens that top-k, top-p (nucleus, 1904.09751) and min-p (2407.01082) leave out; (B, V)."""
-        if 0 < self.top_k < logprobs.shape[-1]:
-            smallest = logprobs.topk(self.top_k, dim=-1).values[:, -1:]
-            logprobs = logprobs.masked_fill(logprobs < smallest, float("-inf"))
-        if self.top_p < 1:
-            ordered, order = logprobs.sort(descending=True, dim=-1)
-            probabilities = ordered.softmax(-1)
-            before = probabilities.cumsum(-1) - probabilities  # mass of the likelier tokens: 0 for the first
-            left_out = torch.zeros_like(before, dtype=torch.bool).scatter_(1, order, before >= self.top_p)
-            logprobs = logprobs.masked_fill(left_out, float("-inf"))
-        if self.min_p > 0:
-            floor = logprobs.amax(-1, keepdim=True) + torch.tensor(self.min_p).log()
-            logprobs = logprobs.masked_fill(logprobs < floor, float("-inf"))
+        warpers: list[Any] = [TopKLogitsWarper(self.top_k)] if self.top_k > 0 else []
+        warpers += [TopPLogitsWarper(self.top_p)] if self.top_p < 1 else []
+        warpers += [MinPLogitsWarper(self.min_p)] if self.min_p > 0 else []
+        for warper in warpers:
+            logprobs = warper(None, logprobs)  # none of them looks at the tokens so far
         return logprobs
 
 
@@ -121,15 +117,15 @@ def generate(
     uniform = _uniform(max_new_tokens, len(prompts), generator)
     tokens = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long)
     logprobs = torch.zeros(len(prompts), max_new_tokens)
-    # Prompts of like lengths together: least padding
-    by_length = torch.tensor([len(prompt) for prompt in prompts]).argsort(stable=True)
-    respond = _respond if isinstance(model, GPTForCausalLM) else _respond_with_transformers
+    lengths, device = torch.tensor([len(prompt) for prompt in prompts]), model.device
     with torch.inference_mode():
-        for rows in by_length.split(batch_size or len(prompts)):
-            padded, starts = _left_pad([prompts[row] for row in rows], pad_token_id)
-            given = (part.to(model.device) for part in (padded, starts, uniform[:, rows.to(uniform.device)]))
-            tokens[rows], logprobs[rows] = (part.cpu() for part in respond(model, *given, sampling, ends))
-    return _pack(prompts, tokens, logprobs, ends, pad_token_id, model.device)
+        # Prompts of like lengths together: least padding
+        for rows in lengths.argsort(stable=True).split(batch_size or len(prompts)):
+            padded = pad_sequence([torch.tensor(prompts[row]) for row in rows], True, pad_token_id, "left")
+            starts, random = padded.shape[1] - lengths[rows], uniform[:, rows.to(uniform.device)]
+            drawn = _respond(model, padded.to(device), starts.to(device), random.to(device), sampling, ends)
+            tokens[rows], logprobs[rows] = (part.cpu() for part in drawn)
+    return _pack(prompts, tokens, logprobs, ends, pad_token_id, device)
 
 
 class Sampler(Protocol):
@@ -183,19 +179,15 @@ def stream(
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     uniform = _uniform(max_new_tokens, 1, generator)
     tokens = torch.tensor([prompt], device=model.device)
-    ours = isinstance(model, GPTForCausalLM)
-    with borrowed(model, 1, len(prompt) + max_new_tokens) if ours else nullcontext() as decoder:
-        cache = None if ours else DynamicCache(config=model.config)
+    token, slots = tokens[0, -1:], len(prompt) + max_new_tokens
+    lent: AbstractContextManager[Decoder | _CachedForward] = (
+        borrowed(model, 1, slots) if isinstance(model, GPTForCausalLM) else nullcontext(_CachedForward(model))
+    )
+    with lent as decoder:
         for step, u in enumerate(uniform.to(model.device)):
             with torch.inference_mode():  # inside the loop: the caller's code runs between two tokens
-                if not ours:
-                    logits = model(tokens, past_key_values=cache, use_cache=True).logits[:, -1]
-                elif step == 0:
-                    logits = decoder.prefill(tokens, starts=tokens.new_zeros(1))
-                else:
-                    logits = decoder.step(tokens[:, 0])
+                logits = decoder.step(token) if step else decoder.prefill(tokens, tokens.new_zeros(1))
                 token, _ = sampling.draw(logits, u)
-                tokens = token[:, None]
             yield int(token)
             if int(token) in ends:
                 return
@@ -206,17 +198,19 @@ def stream(
 
 
 def _respond(
-    model: GPTForCausalLM, prompts: Tensor, starts: Tensor, uniform: Tensor, sampling: Sampling, ends: list[int]
+    model: PreTrainedModel, prompts: Tensor, starts: Tensor, uniform: Tensor, sampling: Sampling, ends: list[int]
 ) -> tuple[Tensor, Tensor]:
     """Left-padded prompts (B, P), their first real slots (B,), uniform (R, B) → tokens (B, R), logprobs (B, R).
 
     What stands after an end token is of no meaning. On CPU rows that have ended leave the batch; on CUDA, where a step
     takes as long for a few rows as for many, the captured step keeps its shape until all have.
     """
+    if not isinstance(model, GPTForCausalLM):
+        return _respond_with_transformers(model, prompts, starts, uniform, sampling, ends)
     steps, rows = uniform.shape
     tokens = torch.zeros(rows, steps, dtype=torch.long, device=prompts.device)
     logprobs = torch.zeros(rows, steps, device=prompts.device)
-    ends = torch.tensor(ends, device=prompts.device)
+    end_tokens = torch.tensor(ends, device=prompts.device)
     active = torch.arange(rows, device=prompts.device)  # the rows still in the decoder
     running = torch.ones(rows, dtype=torch.bool, device=prompts.device)  # of these, the ones that have not ended
     with borrowed(model, rows, prompts.shape[1] + steps) as decoder:
@@ -224,7 +218,7 @@ def _respond(
         for step in range(steps):
             token, logprob = sampling.draw(logits, uniform[step, active])
             tokens[active, step], logprobs[active, step] = token, logprob
-            running = running & ~torch.isin(token, ends)
+            running = running & ~torch.isin(token, end_tokens)
             if step == steps - 1:
                 break
             if not decoder.fixed or step % LOOK == 0:
@@ -258,11 +252,24 @@ class _Draw(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter_(1, token[:, None], 0.0)
 
 
+class _CachedForward:
+    """One row's tokens through a model's own forward and cache, by the names of Decoder."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.cache = model, DynamicCache(config=model.config)
+
+    def prefill(self, prompts: Tensor, starts: Tensor) -> Tensor:
+        return self.model(prompts, past_key_values=self.cache, use_cache=True).logits[:, -1]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens[:, None], past_key_values=self.cache, use_cache=True).logits[:, -1]
+
+
 @contextmanager
 def _without_defaults(model: PreTrainedModel) -> Iterator[None]:
     """The model's own generation_config set aside: transformers fills in from it what a call leaves open, and bans,
     penalties and least lengths would sample from another distribution than the one whose log-probabilities we give."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = without_wrapper(model)
     own, inner.generation_config = inner.generation_config, GenerationConfig()
     try:
         yield
@@ -271,18 +278,12 @@ def _without_defaults(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _respond_with_transformers(
-    model: PreTrainedModel, prompts: Tensor, starts: Tensor, uniform: Tensor, sampling: Sampling, ends: list[int]
+    model: Any, prompts: Tensor, starts: Tensor, uniform: Tensor, sampling: Sampling, ends: list[int]
 ) -> tuple[Tensor, Tensor]:
     """As _respond, for any model that transformers can generate with."""
     draw = _Draw(sampling, uniform)
-    config = GenerationConfig(
-        max_new_tokens=len(uniform),
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        eos_token_id=ends,
-        pad_token_id=ends[0],  # after the end nothing is read
-    )
+    # Greedy by default; after the end nothing is read, so any id pads
+    config = GenerationConfig(max_new_tokens=len(uniform), eos_token_id=ends, pad_token_id=ends[0])
     training = model.training
     model.eval()
     try:
@@ -321,13 +322,6 @@ def _uniform(steps: int, rows: int, generator: torch.Generator | None) -> Tensor
     return torch.rand(steps, rows, generator=generator, device="cpu" if generator is None else generator.device)
 
 
-def _left_pad(prompts: list[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """→ (B, P) long, padded on the left, and the slot where each row starts (B,)."""
-    longest = max(map(len, prompts))
-    padded = [[pad_token_id] * (longest - len(prompt)) + prompt for prompt in prompts]
-    return torch.tensor(padded), torch.tensor([longest - len(prompt) for prompt in prompts])
-
-
 def _pack(
     prompts: list[list[int]], tokens: Tensor, logprobs: Tensor, ends: list[int], pad_token_id: int, device: torch.device
 ) -> Samples:
@@ -339,9 +333,7 @@ def _pack(
     longest = int(lengths.max())
     inside = torch.arange(longest) < lengths[:, None]
     tokens = tokens[:, :longest].masked_fill(~inside, pad_token_id)
-    sequences = torch.full((len(prompts), int(prompt_lengths.max()) + longest), pad_token_id)
-    for row, prompt in enumerate(prompts):
-        sequences[row, : len(prompt)] = torch.tensor(prompt)
-        sequences[row, len(prompt) : len(prompt) + longest] = tokens[row]
+    texts = [torch.cat((torch.tensor(prompt), row)) for prompt, row in zip(prompts, tokens, strict=True)]
+    sequences = pad_sequence(texts, True, pad_token_id)
     logprobs = logprobs[:, :longest].masked_fill(~inside, 0.0)
     return Samples(*(part.to(device) for part in (sequences, prompt_lengths, lengths, ended, logprobs)))
