@@ -264,9 +264,6 @@ def verdict_of(
     return Verdict(answers, golds, proxy, figures)
 
 
-judge = verdict_of  # the old name, until stages/evaluate.py calls the new one
-
-
 def samples_of(verdicts: dict[str, Verdict]) -> list[dict[str, Any]]:
     """One row a prompt and policy, for samples.jsonl; all answers to a prompt follow each other."""
     count = len(next(iter(verdicts.values())).answers.texts)

@@ -93,7 +93,7 @@ def judge_policies(
         else:
             best, kl = judging.best_of(scores, n), judging.best_of_n_kl(n)
             answers, scores = answers.take(best), [scores[i] for i in best]
-        verdicts[name] = judging.judge(answers, proxy=scores, gold=gold, kl=kl, fluency=fluency, seed=args.seed)
+        verdicts[name] = judging.verdict_of(answers, proxy=scores, gold=gold, kl=kl, fluency=fluency, seed=args.seed)
     return verdicts
 
 
