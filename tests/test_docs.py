@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, make
 from tiny_models import tiny_policy, tiny_tokenizer, write_models
 
@@ -132,6 +133,26 @@ def test_python_compiles_and_its_imports_are_there(page: Path) -> None:
             r"^from ((?:pipeline|stages|reward_data)[\w.]*) import (.+)$", block, re.MULTILINE
         ):
             assert all(hasattr(importlib.import_module(module), name.strip()) for name in names.split(","))
+
+
+@every_page
+def test_dotted_names_exist(page: Path) -> None:
+    """`pipeline.model.load.load_critic`: a module, or a name in one."""
+    for dotted in re.findall(r"`((?:pipeline|stages|reward_data)(?:\.\w+)+)", page.read_text(encoding="utf-8")):
+        try:
+            importlib.import_module(dotted)
+        except ImportError:
+            module, _, name = dotted.rpartition(".")
+            assert hasattr(importlib.import_module(module), name), f"{page.name}: {dotted}"
+
+
+def test_hooks_and_workflow_call_make_targets(targets: set[str]) -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    called = [hook["entry"] for repository in hooks for hook in repository["hooks"]]
+    assert called == ["make lint"]
+    steps = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))["jobs"]["test"]["steps"]
+    called = [step["run"] for step in steps if "run" in step]
+    assert called[-2:] == ["make lint", "make test"] and {line.split()[1] for line in called} <= targets
 
 
 def test_no_placeholder_is_left() -> None:
