@@ -20,7 +20,8 @@ from pipeline.runtime.command_line import parse
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "reward_data/README.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 # Made on other branches: to be emptied when all of them are here.
-COMING_FILES = {"docs/course.md", "docs/before_after.png"}
+COMING_FILES = {"docs/course.md", "docs/before_after.png", "pipeline/chain.py", "pipeline/ppo/advantages.py"}
+COMING_OPTIONS = {"advantage_estimator"}
 COMING_TARGETS = {"test-fast"}
 # Options of other programs than the stages and the benchmarks.
 FOREIGN = {"config", "config_file", "help"}
@@ -84,6 +85,14 @@ def test_named_files_exist(page: Path) -> None:
         assert path in COMING_FILES or (ROOT / path).exists(), f"{page.name}: {path}"
 
 
+@every_page
+def test_rows_of_a_table_have_one_number_of_cells(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        cells = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(cells) == 1, f"{page.name}: {table[:200]}"
+
+
 def test_every_page_is_in_the_index_and_the_index_in_the_readme() -> None:
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     missing = {page.name for page in (ROOT / "docs").glob("*.md")} - set(re.findall(r"\]\(([\w.]+)\)", index))
@@ -122,7 +131,8 @@ def test_options_exist(page: Path) -> None:
     sources = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "benchmarks").glob("*.py"))
     options = set(re.findall(r"add_argument\(\s*\"--([\w-]+)\"", sources))
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", page.read_text(encoding="utf-8")))
-    assert named <= fields | options | FOREIGN, f"{page.name}: {named - fields - options - FOREIGN}"
+    unknown = named - fields - options - FOREIGN - COMING_OPTIONS
+    assert not unknown, f"{page.name}: {unknown}"
 
 
 @every_page
