@@ -170,7 +170,7 @@ def test_page_is_for_phones_and_for_the_dark(html: str) -> None:
 def test_page_shows_samples_and_escapes_them(html: str) -> None:
     assert "Use: &lt;b&gt;drum&lt;/b&gt;" in html and "<b>drum" not in html
     assert html.count('<div class="sample">') == 3  # of the four prompts in the file
-    assert ANSWERS["sft"] in html and "&quot;Can I hold it?&quot;" in html and "cut off" in html
+    assert ANSWERS["sft"] in html and "&#34;Can I hold it?&#34;" in html and "cut off" in html
     assert PROMPTS[3] not in html
 
 
