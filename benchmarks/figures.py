@@ -1,4 +1,4 @@
-"""The README's table and picture, from finished runs' files alone: `python -m benchmarks.figures --runs runs/stories …`.
+"""The README's table and picture, from runs' files alone: `python -m benchmarks.figures --runs runs/stories …`.
 
 Prints the narrow table of the README and the full one of docs/results.md as Markdown, draws the first held-out prompt
 of the first run with the answers of SFT and PPO, and ends with what `benchmarks.check` says of every run.
