@@ -5,6 +5,8 @@ PRESET ?= stories
 SEED   ?= 0
 # One folder a preset and seed; RUN=runs/anything keeps a trial of your own apart.
 RUN    ?= runs/$(PRESET)$(if $(filter-out 0,$(SEED)),-seed$(SEED))
+# Finished runs for `make figures`, one a seed.
+RUNS   ?= $(sort $(wildcard runs/$(PRESET) runs/$(PRESET)-seed*))
 ARGS   ?=
 # TEXT=my.txt trains tokenizer and GPT on a text of your own; the run remembers it, so that later stages keep it.
 ifneq ($(origin TEXT),command line)
@@ -35,7 +37,7 @@ endif
 
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
-.PHONY: all $(CHAIN) chat setup smoke test lint bench bench-train bench-sample bench-ppo bench-shakespeare course ablation ablation-ppo clean help
+.PHONY: all $(CHAIN) chat setup smoke test lint bench bench-train bench-sample bench-ppo bench-shakespeare course ablation-ppo figures check clean help
 
 all: $(lastword $(STAGES)) ## the whole chain, then a table, samples and the report (default)
 	@$(if $(filter report,$(STAGES)),,echo "PRESET=$(PRESET) ends here: it is pretraining only. \`make chat PRESET=$(PRESET)\` writes on from your words")
@@ -106,8 +108,10 @@ $(VENV)/.ready-reviews: requirements-reviews.txt | $(VENV)/.ready
 test: | $(READY) ## all tests
 	@pytest $(ARGS)
 
-lint: | $(READY) ## ruff, rules and format of the imports
+lint: | $(READY) ## rules, format and types
 	@ruff check .
+	@ruff format --check .
+	@mypy
 
 bench: | $(READY) ## all benchmarks against their peers, and one table (half an hour; leave the machine alone; TEXT=file adds nanoGPT)
 	@python -m benchmarks $(if $(TEXT),--text '$(TEXT)') $(ARGS)
@@ -123,8 +127,10 @@ course: | $(READY) ## the models of the course one after the other, and the loss
 	@python -m benchmarks.course $(ARGS)
 ablation-ppo: | $(READY) ## what each of PPO's defaults is worth (ARGS="--runs runs/a runs/b": folders that have a reward model)
 	@python -m benchmarks.ppo_ablation $(ARGS)
-ablation: | $(READY) ## optimizer, schedule and shape at equal time, for the table in LOG.md (hours)
-	@python -m benchmarks.ablation $(ARGS)
+figures: | $(READY) ## the README's table and picture, from the files of finished runs (RUNS="runs/a runs/b")
+	@python -m benchmarks.figures --runs $(RUNS) $(ARGS)
+check: | $(READY) ## whether a finished run reaches the figures that its preset expects
+	@python -m benchmarks.check --runs $(RUN) $(ARGS)
 
 clean: ## remove the run of this PRESET and SEED (never the others)
 	rm -rf $(RUN)

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from pipeline.checkpoint import write_json
 from pipeline.report import gather as report
-from pipeline.report.page import page
+from pipeline.report.page import markdown, page
 from pipeline.report.plots import draw_plots
 from pipeline.runtime.arguments import ReportArguments
 from pipeline.runtime.console import console, run
@@ -17,20 +17,19 @@ from pipeline.runtime.record import Stage
 def main(args: ReportArguments) -> None:
     """Write report.html, report.md, plots/ and summary.json, then show the short of it in the terminal."""
     run = report.read_run(args.run_dir)
-    inputs = {name: str(run.folder / name / "stage.json") for name in run.stages}
+    inputs: dict[str, str | None] = {name: str(run.folder / name / "stage.json") for name in run.stages}
     stage = Stage(args, "report", inputs)
     if not stage.is_main:
         return
     plots = draw_plots(run)
     stage.begin()
-    folder = stage.output_dir / "plots"
-    folder.mkdir(exist_ok=True)
+    folder = stage.output_dir
+    (folder / "plots").mkdir(exist_ok=True)
     for plot in plots:
-        (folder / f"{plot.name}.png").write_bytes(plot.png)
-    images = [(plot.title, f"plots/{plot.name}.png") for plot in plots]
-    (stage.output_dir / "report.md").write_text(report.markdown(run, images, args.num_samples), encoding="utf-8")
-    (stage.output_dir / "report.html").write_text(page(run, plots, args.num_samples), encoding="utf-8")
-    write_json(stage.output_dir / "summary.json", report.summary(run))
+        (folder / "plots" / f"{plot.name}.png").write_bytes(plot.png)
+    (folder / "report.md").write_text(markdown(run, plots, args.num_samples), encoding="utf-8")
+    (folder / "report.html").write_text(page(run, plots, args.num_samples), encoding="utf-8")
+    write_json(folder / "summary.json", report.summary(run))
     stage.finish({"plots": len(plots)})
     show(run, args, console)
 
@@ -50,13 +49,13 @@ def show(run: report.Run, args: ReportArguments, console: Console) -> None:
 
 def policy_table(run: report.Run) -> Table:
     """pretrain, SFT, best-of-n, PPO: gold, KL, length."""
-    table = Table("policy", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("gold", "KL", "length"):
-        table.add_column(name, justify="right")
-    for name, figures in run.policies.items():
-        length = f"{figures['length']:.1f}"
-        row = (report.policy_title(name), report.with_interval(figures), report.number(figures["kl"], ".1f"), length)
-        table.add_row(*row, style="bold" if name == "ppo" else None)
+    figures = report.policy_table(run)
+    shown = [figures.columns.index(column) for column in ("Policy", "Gold", "KL", "Length")]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i in shown:
+        table.add_column(figures.columns[i], justify="right" if i else "left")
+    for name, cells in figures.rows.items():
+        table.add_row(*(cells[i] for i in shown), style="bold" if name == "ppo" else None)
     return table
 
 

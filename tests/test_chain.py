@@ -1,7 +1,9 @@
 """The chain as people run it: make, one stage alone, two processes, killed and started again."""
 
+import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +16,10 @@ from conftest import ROOT, make
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from pipeline.chain import CHAIN
 from pipeline.checkpoint import sha256_of
 from pipeline.model.load import load_policy, load_reward
+from pipeline.runtime import arguments
 
 pytestmark = pytest.mark.slow
 
@@ -39,6 +43,55 @@ def command(stage: str, run: Path, output: Path, *words: str) -> list[str]:
         str(output),
         *words,
     ]
+
+
+# ---- the table of the stages, and what is held to it: no model, no training -----------------------------------------
+
+
+def test_the_table_has_every_stage_after_what_it_needs() -> None:
+    assert [stage.name for stage in CHAIN] == STAGES
+    for place, stage in enumerate(CHAIN):
+        assert set(stage.needs) <= set(STAGES[:place]), stage.name
+        assert (ROOT / "stages" / f"{stage.name}.py").is_file() and stage.leaves
+        assert all("{" in form for _, form in stage.figures)
+
+
+def test_the_makefile_has_the_rules_of_the_table(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    rules = make("-pn", "PRESET=stories", f"RUN={run}").stdout
+    found = {}
+    for target, inputs in re.findall(rf"^{run}/(\w+)/stage\.json: ([^|\n]*)", rules, re.MULTILINE):
+        found[target] = tuple(re.findall(rf"{run}/(\w+)/stage\.json", inputs))
+        assert f"configs/stories/{target}.yaml" in inputs.split()
+    assert found == {stage.name: stage.needs for stage in CHAIN}
+    ran = re.findall(r"-m stages\.(\w+)", make("-n", "PRESET=stories", f"RUN={run}").stdout)
+    assert ran == STAGES
+
+
+def test_the_stages_read_the_folders_of_the_table() -> None:
+    """By the defaults of their arguments; the report reads whatever is in the run's folder."""
+    kinds = {
+        kind.__name__.removesuffix("Arguments").lower(): kind
+        for kind in vars(arguments).values()
+        if isinstance(kind, type) and kind.__name__.endswith("Arguments")
+    }
+    for stage in CHAIN[:-1]:
+        fields = dataclasses.asdict(kinds[stage.name]())
+        given = " ".join(str(value) for name, value in fields.items() if name != "output_dir")
+        assert set(re.findall(r"\{run_dir\}/(\w+)", given)) == set(stage.needs), stage.name
+
+
+# ---- a finished run -------------------------------------------------------------------------------------------------
+
+
+def test_every_stage_recorded_its_headline_figures(smoke: Path) -> None:
+    for stage in CHAIN:
+        metrics = record(smoke / stage.name)["metrics"]
+        for metric in [name for name, _ in stage.figures] + list(stage.fixed.values()):
+            value = metrics
+            for key in metric.split("."):
+                value = value[key]
+            assert isinstance(value, int | float), (stage.name, metric)
 
 
 def test_every_stage_leaves_its_files(smoke: Path) -> None:

@@ -2,11 +2,13 @@
 
 import json
 import re
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from fake_run import ANSWERS, POLICIES, PROMPTS, SECONDS, WIN_RATE, write_run
 from rich.console import Console
 from safetensors.torch import save_file
@@ -14,7 +16,7 @@ from safetensors.torch import save_file
 from pipeline.errors import UserError
 from pipeline.report import gather as report
 from pipeline.report.page import page
-from pipeline.report.plots import PALETTE, draw_plots
+from pipeline.report.plots import PALETTE, STYLE, draw_plots
 from pipeline.runtime.arguments import ReportArguments
 from pipeline.runtime.command_line import resolve
 from stages import report as stage
@@ -168,10 +170,25 @@ def test_page_is_for_phones_and_for_the_dark(html: str) -> None:
     assert "DejaVu" not in body and "var(--ppo)" in body
 
 
+def test_style_and_dark_page_know_the_palette(html: str) -> None:
+    style = STYLE.read_text()
+    colours = {f"#{colour}" for colour in re.findall(r": ([0-9a-f]{6})$", style, re.MULTILINE)}
+    assert len(colours) == 3 and colours <= set(PALETTE.values())
+    light, dark = (re.findall(r"--(\w+): #", part) for part in html.split("prefers-color-scheme: dark")[:2])
+    assert set(light) == set(dark) == {*PALETTE, "page", "card"}
+
+
+def test_what_the_report_needs_beside_its_code_is_packaged() -> None:
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    folder = ROOT / "pipeline/report"
+    shipped = {path for pattern in patterns["pipeline.report"] for path in folder.glob(pattern)}
+    assert shipped == {path for path in folder.iterdir() if path.is_file() and path.suffix != ".py"}
+
+
 def test_page_shows_samples_and_escapes_them(html: str) -> None:
     assert "Use: &lt;b&gt;drum&lt;/b&gt;" in html and "<b>drum" not in html
     assert html.count('<div class="sample">') == 3  # of the four prompts in the file
-    assert ANSWERS["sft"] in html and "&quot;Can I hold it?&quot;" in html and "cut off" in html
+    assert ANSWERS["sft"] in html and "&#34;Can I hold it?&#34;" in html and "cut off" in html
     assert PROMPTS[3] not in html
 
 

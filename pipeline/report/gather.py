@@ -1,27 +1,22 @@
 """What a run came to, gathered from what its stages left behind: stage.json, metrics.jsonl, evaluate/.
 
 `read_run` reads, `summary` picks the figures that people and scripts compare runs by, `headline` says in a sentence
-whether PPO helped, `markdown` writes it down; report_html.py and report_plots.py make it a page to look at. A run that
-went only part of the way is reported as far as it went.
+whether PPO helped, `policy_table` and `stage_table` write figures as text. The page, the Markdown and the terminal all
+show these tables. A run that went only part of the way is reported as far as it went.
 """
 
 import json
 import math
-import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
+from pipeline.chain import CHAIN
 from pipeline.errors import UserError
 
-STAGES = ("tokenizer", "pretrain", "sft", "preferences", "reward", "ppo", "evaluate")
-# Figures that summary.json has under these names for every run, in this order; whatever else a stage recorded follows.
-FIXED = {
-    "pretrain": ("val_bpb", "bigram_bpb", "tokens_per_s"),
-    "sft": ("val_loss",),
-    "reward": ("accuracy",),
-    "ppo": ("episodes_per_s", "kl"),
-}
+STAGES = {stage.name: stage for stage in CHAIN if stage.name != "report"}
 POLICY_FIGURES = ("gold", "proxy", "kl", "length", "distinct_2")
 
 
@@ -57,15 +52,23 @@ class Run:
         return sum(stage["seconds"] for stage in self.stages.values())
 
     def final(self, stage: str, name: str) -> Any:
-        """A final metric of a stage, or None."""
-        return self.stages.get(stage, {}).get("metrics", {}).get(name)
+        """A final metric of a stage, or None. Dots in the name go into dictionaries."""
+        found = self.stages.get(stage, {}).get("metrics", {})
+        for key in name.split("."):
+            found = found.get(key) if isinstance(found, dict) else None
+        return found
+
+    @property
+    def miscalibration(self) -> float | None:
+        """Mean distance of the reward model's stated confidence from the share that was right, weighted by pairs."""
+        bins = self.calibration.get("bins", [])
+        off = sum(b["n"] * abs(b["predicted"] - b["observed"]) for b in bins)
+        return off / sum(b["n"] for b in bins) if bins else None
 
     def series(self, stage: str, y: str, x: str = "step") -> tuple[list[float], list[float]]:
         """The points of a metric over a stage's steps (or another column), those that are finite numbers."""
-        points = [
-            (row[x], row[y]) for row in self.metrics.get(stage, []) if _is_number(row.get(x)) and _is_number(row.get(y))
-        ]
-        return [p[0] for p in points], [p[1] for p in points]
+        rows = [row for row in self.metrics.get(stage, []) if _is_number(row.get(x)) and _is_number(row.get(y))]
+        return [row[x] for row in rows], [row[y] for row in rows]
 
 
 def read_run(folder: Path | str) -> Run:
@@ -74,38 +77,33 @@ def read_run(folder: Path | str) -> Run:
     for name in STAGES:
         file = run.folder / name / "stage.json"
         if file.is_file():
-            run.stages[name] = _read_json(file)
+            run.stages[name] = _read(file)
             metrics = file.with_name("metrics.jsonl")
-            run.metrics[name] = _read_lines(metrics) if metrics.is_file() else []
+            run.metrics[name] = _read(metrics) if metrics.is_file() else []
     if not run.stages:
         raise UserError(f"report: no stage has finished in {folder}; run `make` first, or set run_dir")
     if "evaluate" in run.stages:
-        scores = _read_json(run.folder / "evaluate" / "scores.json")
+        scores = _read(run.folder / "evaluate" / "scores.json")
         run.policies, run.win_rate = scores["policies"], scores["win_rate"]
         run.num_prompts = scores.get("num_prompts")
-        run.samples = _read_lines(run.folder / "evaluate" / "samples.jsonl")
+        run.samples = _read(run.folder / "evaluate" / "samples.jsonl")
     calibration = run.folder / "reward" / "calibration.json"
     if "reward" in run.stages and calibration.is_file():
-        run.calibration = _read_json(calibration)
+        run.calibration = _read(calibration)
     return run
 
 
-def _read_json(file: Path) -> Any:
+def _read(file: Path) -> Any:
+    """The content of a .json file, or the rows of a .jsonl file."""
+    by_line = file.suffix == ".jsonl"
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines() if line] if by_line else json.loads(text)
     except FileNotFoundError:
-        raise UserError(f"report: {file} is missing; run `make {file.parent.name}` again") from None
+        problem = "is missing"
     except ValueError:
-        raise UserError(f"report: {file} is damaged; run `make {file.parent.name}` again") from None
-
-
-def _read_lines(file: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
-    except FileNotFoundError:
-        raise UserError(f"report: {file} is missing; run `make {file.parent.name}` again") from None
-    except ValueError:
-        raise UserError(f"report: {file} has a line that is not JSON; run `make {file.parent.name}` again") from None
+        problem = "has a line that is not JSON" if by_line else "is damaged"
+    raise UserError(f"report: {file} {problem}; run `make {file.parent.name}` again")
 
 
 def _is_number(value: Any) -> bool:
@@ -116,24 +114,19 @@ def _is_number(value: Any) -> bool:
 
 
 def summary(run: Run) -> dict[str, Any]:
-    """summary.json: the fixed names of FIXED and POLICY_FIGURES first (null where a stage did not record one), then
+    """summary.json: the fixed names of the chain and POLICY_FIGURES first (null where a stage did not record one), then
     whatever else there is; stages and policies that the run does not have are left out."""
     stages = {}
     for name, record in run.stages.items():
-        figures = {k: v for k, v in record["metrics"].items() if not isinstance(v, dict)}
-        if name == "sft":
-            figures["val_loss"] = figures.pop("eval_loss", None)
-        fixed = {key: figures.pop(key, None) for key in FIXED.get(name, ())}
-        stages[name] = fixed | {"seconds": record["seconds"]} | figures
-    policies = {
-        name: {key: figures.get(key) for key in POLICY_FIGURES} | figures for name, figures in run.policies.items()
-    }
+        others = {key: value for key, value in record["metrics"].items() if not isinstance(value, dict)}
+        fixed = {key: others.pop(metric, None) for key, metric in STAGES[name].fixed.items()}
+        stages[name] = fixed | {"seconds": record["seconds"]} | others
     return {
         "preset": run.preset,
         "seed": run.seed,
         "total_seconds": round(run.seconds, 1),
         "stages": stages,
-        "policies": policies,
+        "policies": {name: dict.fromkeys(POLICY_FIGURES) | figures for name, figures in run.policies.items()},
         "win_rate": run.win_rate,
     }
 
@@ -145,10 +138,9 @@ def headline(run: Run) -> tuple[str, str]:
         return "No verdict yet", f"Finished so far: {done}. The policies have not been judged: run make evaluate."
     sft, ppo, win = run.policies["sft"], run.policies["ppo"], run.win_rate.get("ppo_vs_sft")
     if win is None:
-        return (
-            "No gold judge",
+        return "No gold judge", (
             f"Without one, all there is to see is that PPO moved the reward model's score from "
-            f"{sft['proxy']:.2f} to {ppo['proxy']:.2f} at a KL of {ppo['kl']:.1f} nats.",
+            f"{sft['proxy']:.2f} to {ppo['proxy']:.2f} at a KL of {ppo['kl']:.1f} nats."
         )
     low, high = win["ci95"]
     verdict = "better" if low > 0.5 else "worse" if high < 0.5 else None
@@ -158,6 +150,30 @@ def headline(run: Run) -> tuple[str, str]:
         f"{win['mean']:.0%} of {win['n']} held-out prompts against SFT's "
         f"(95% interval {low:.0%} to {high:.0%}, ties half)."
     )
+
+
+def sample_groups(run: Run, count: int) -> list[tuple[str, dict[str, dict[str, Any]]]]:
+    """The first `count` prompts, each with its rows by policy."""
+    groups: dict[int, tuple[str, dict[str, dict[str, Any]]]] = {}
+    for row in run.samples:
+        groups.setdefault(row["index"], (row["prompt"], {}))[1][row["policy"]] = row
+    return list(groups.values())[:count]
+
+
+# ---- figures as text ------------------------------------------------------------------------------------------------
+
+
+def number(value: float | None, form: str) -> str:
+    """A number in the given format, or a dash."""
+    return "–" if value is None else format(value, form).replace("-", "−")
+
+
+def duration(seconds: float) -> str:
+    """`8 s`, `3 min 05 s`, `2 h 10 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def with_interval(figures: dict[str, Any]) -> str:
@@ -174,160 +190,58 @@ def policy_title(name: str) -> str:
     return known.get(name) or name.replace("_", " ").capitalize()
 
 
-def policy_rows(run: Run) -> list[list[str]]:
-    """The policies as a table of text: name, gold, proxy, KL, length, distinct-2, bits per byte, share without end."""
-    rows = []
-    for name, p in run.policies.items():
-        rows.append(
-            [
-                policy_title(name),
-                with_interval(p),
-                number(p["proxy"], ".2f"),
-                number(p["kl"], ".1f"),
-                number(p["length"], ".1f"),
-                number(p["distinct_2"], ".2f"),
-                number(p.get("bpb_under_pretrained"), ".2f"),
-                number(p.get("without_eos"), ".0%"),
-            ]
-        )
-    return rows
+@dataclass
+class Table:
+    """A table of text: the cells of a row stand under its name (a policy's or a stage's)."""
+
+    columns: list[str]
+    rows: dict[str, list[str]]
 
 
-POLICY_COLUMNS = ["Policy", "Gold", "Proxy", "KL", "Length", "Distinct-2", "Bits/byte", "No end"]
-POLICY_NOTES = (
-    "Gold: mean score, in [0, 1], of the judge that PPO is never paid by, with a 95% bootstrap interval. "
-    "Proxy: mean standardised score of the reward model. KL: to SFT, in nats an answer. Length: tokens. "
-    "Distinct-2: distinct word pairs over all word pairs. Bits/byte: of the answers under the pretrained model. "
-    "No end: share of answers cut off at the longest length."
-)
-
-
-def number(value: float | None, form: str) -> str:
-    """A number in the given format, or a dash."""
-    return "–" if value is None else format(value, form).replace("-", "−")
-
-
-def duration(seconds: float) -> str:
-    """`8 s`, `3 min 05 s`, `2 h 10 min`."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def stage_rows(run: Run) -> list[list[str]]:
-    """The stages as a table of text: name, time, data, parameters, key figures."""
-    return [
-        [name, duration(stage["seconds"]), _data(name, stage), _parameters(run.folder / name), _key_figures(name, run)]
-        for name, stage in run.stages.items()
-    ]
-
-
-STAGE_COLUMNS = ["Stage", "Time", "Data", "Parameters", "Result"]
-
-
-def _data(name: str, record: dict[str, Any]) -> str:
-    metrics, config = record["metrics"], record["config"]
-    counts = [(metrics.get(unit), unit) for unit in ("rows", "pairs", "episodes")]
-    counts += [(record.get("tokens"), "tokens")]
-    counts += [(config.get("num_prompts"), "prompts")] if name == "evaluate" else []
-    return ", ".join(f"{count:,} {unit}" for count, unit in counts if count) or "–"
-
-
-def _key_figures(name: str, run: Run) -> str:
-    """What a stage is judged by, in words."""
+def policy_table(run: Run) -> Table:
+    """The figures of every policy; shared.jinja explains the columns."""
     forms = {
-        "tokenizer": (("vocab_size", "{:,} entries"), ("bytes_per_token", "{:.2f} bytes a token")),
-        "pretrain": (("val_bpb", "{:.3f} bits/byte held out"), ("tokens_per_s", "{:,.0f} tokens/s")),
-        "sft": (("eval_loss", "held-out loss {:.3f}"),),
-        "preferences": (("flip_rate", "{:.1%} of labels flipped by noise"),),
-        "reward": (("accuracy", "{:.1%} of held-out pairs right"),),
-        "ppo": (("kl", "KL {:.1f} nats"), ("episodes_per_s", "{:.1f} episodes/s")),
+        "Proxy": ("proxy", ".2f"),
+        "KL": ("kl", ".1f"),
+        "Length": ("length", ".1f"),
+        "Distinct-2": ("distinct_2", ".2f"),
+        "Bits/byte": ("bpb_under_pretrained", ".2f"),
+        "No end": ("without_eos", ".0%"),
     }
-    if name == "evaluate":
-        win = run.win_rate.get("ppo_vs_sft")
-        return f"PPO wins {win['mean']:.0%} against SFT" if win else "–"
-    values = [(run.final(name, key), form) for key, form in forms[name]]
-    return ", ".join(form.format(value) for value, form in values if value is not None) or "–"
+    rows = {
+        name: [policy_title(name), with_interval(p), *(number(p.get(key), form) for key, form in forms.values())]
+        for name, p in run.policies.items()
+    }
+    return Table(["Policy", "Gold", *forms], rows)
+
+
+def stage_table(run: Run) -> Table:
+    """The time, data, parameters and headline figures of every finished stage."""
+    rows = {}
+    for name, record in run.stages.items():
+        figures = [(run.final(name, metric), form) for metric, form in STAGES[name].figures]
+        said = ", ".join(form.format(value) for value, form in figures if value is not None)
+        rows[name] = [name, duration(record["seconds"]), _data(record), _parameters(run.folder / name), said or "–"]
+    return Table(["Stage", "Time", "Data", "Parameters", "Result"], rows)
+
+
+def _data(record: dict[str, Any]) -> str:
+    counts = {unit: record["metrics"].get(unit) for unit in ("rows", "pairs", "episodes")}
+    counts["tokens"] = record.get("tokens")
+    if record["stage"] == "evaluate":
+        counts["prompts"] = record["config"].get("num_prompts")
+    return ", ".join(f"{count:,} {unit}" for unit, count in counts.items() if count) or "–"
 
 
 def _parameters(folder: Path) -> str:
     """Parameters in a folder's safetensors files, from their headers alone (a tied matrix is stored once)."""
     count = 0
     for file in folder.glob("model*.safetensors"):
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
-        count += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+        with safe_open(file, framework="np") as tensors:
+            count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
     return f"{count / 1e6:.2f} M" if count else "–"
-
-
-def sample_groups(run: Run, count: int) -> list[tuple[str, dict[str, dict[str, Any]]]]:
-    """The first `count` prompts, each with its rows by policy."""
-    groups: dict[int, tuple[str, dict[str, dict[str, Any]]]] = {}
-    for row in run.samples:
-        groups.setdefault(row["index"], (row["prompt"], {}))[1][row["policy"]] = row
-    return list(groups.values())[:count]
-
-
-def provenance(run: Run) -> list[tuple[str, str]]:
-    """Facts that hold for the run as a whole."""
-    last = list(run.stages.values())[-1]
-    processes = sorted({record["processes"] for record in run.stages.values()})
-    commits = sorted({record["git_commit"] or "none" for record in run.stages.values()})
-    return [
-        ("Folder", str(run.folder)),
-        ("Started", next(iter(run.stages.values()))["started"].replace("T", " ")),
-        ("Seed", ", ".join(str(s) for s in sorted({record["seed"] for record in run.stages.values()}))),
-        ("Device", f"{last['device']}; processes: {', '.join(map(str, processes))}"),
-        ("Code", ", ".join(_short_commit(commit) for commit in commits)),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in last["versions"].items())),
-    ]
-
-
-def _short_commit(commit: str) -> str:
-    head, dash, tail = commit.partition("-")
-    return head[:12] + dash + tail
 
 
 def inputs_of(record: dict[str, Any]) -> str:
     """A stage's inputs with the beginning of their sha256."""
     return ", ".join(f"{i['path']} ({i['sha256'][:10]})" for i in record["inputs"].values()) or "none"
-
-
-# ---- Markdown -------------------------------------------------------------------------------------------------------
-
-
-def markdown(run: Run, plots: list[tuple[str, str]], num_samples: int) -> str:
-    """The report as Markdown; `plots` are (title, path) of images beside it."""
-    title, sentence = headline(run)
-    parts = [f"# {title}", sentence, f"Preset {run.preset}, seed {run.seed}, {duration(run.seconds)} in all."]
-    if run.missing:
-        parts.append(f"Not in this report, because they have not run: {', '.join(run.missing)}.")
-    if run.policies:
-        parts += ["## Policies", _table(POLICY_COLUMNS, policy_rows(run)), POLICY_NOTES]
-    if run.samples:
-        parts.append("## Answers\n\nThe first held-out prompts, not chosen ones.")
-        for prompt, answers in sample_groups(run, num_samples):
-            parts.append(f"**{_inline(prompt)}**")
-            parts += [f"> *{policy_title(p)}{_gold(row)}:* {_inline(row['completion'])}" for p, row in answers.items()]
-    parts += ["## Training", *(f"![{name}]({path})" for name, path in plots)] if plots else []
-    parts += ["## Stages", _table(STAGE_COLUMNS, stage_rows(run))]
-    parts += ["## Provenance", "\n".join(f"- {name}: {_inline(value)}" for name, value in provenance(run))]
-    commands = [[name, f"`{record['command']}`", inputs_of(record)] for name, record in run.stages.items()]
-    parts.append(_table(["Stage", "Command", "Inputs (sha256)"], commands))
-    return "\n\n".join(parts) + "\n"
-
-
-def _gold(row: dict[str, Any]) -> str:
-    return "" if row["gold"] is None else f", gold {row['gold']:.2f}"
-
-
-def _table(columns: list[str], rows: list[list[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _inline(text: str) -> str:
-    """Text of a model on one line, with what Markdown would read as markup taken literally."""
-    escaped = "".join("\\" + c if c in "\\`*_[]<>#|" else c for c in text)
-    return " ".join(escaped.split()) or "(nothing)"

@@ -6,16 +6,18 @@ page into dark mode and uses its font.
 
 import io
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from math import log
+from pathlib import Path
 
-from pipeline.report.gather import Run, policy_title
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from pipeline.report.gather import Run, number, policy_title
 
-# Role → light colour; report_html.py has the dark ones under the same names.
+# Role → light colour; page.py has the dark ones under the same names.
 PALETTE = {
     "ink": "#1d2024",
     "muted": "#6c717a",
@@ -26,31 +28,8 @@ PALETTE = {
     "ppo": "#0c6f70",
 }
 SIZE = (4.7, 2.9)  # inches
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "report",
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "lines.linewidth": 1.8,
-    "lines.solid_capstyle": "round",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.edgecolor": PALETTE["quiet"],
-    "axes.labelcolor": PALETTE["muted"],
-    "axes.labelsize": 8.5,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": PALETTE["grid"],
-    "grid.linewidth": 0.8,
-    "xtick.color": PALETTE["muted"],
-    "xtick.labelsize": 8,
-    "xtick.major.size": 3,
-    "ytick.color": PALETTE["muted"],
-    "ytick.labelsize": 8,
-    "ytick.major.size": 0,
-}
+STYLE = Path(__file__).with_name("plots.mplstyle")
+DASHES = (0, (4, 3))
 SMOOTHING = 0.75  # weight of the past in the running mean of noisy curves
 
 
@@ -65,45 +44,86 @@ class Plot:
     png: bytes
 
 
+@dataclass(frozen=True)
+class Chart:
+    """Curves of the stage that `name` begins with: label (with the last value where it has a format) → metric."""
+
+    name: str
+    title: str
+    unit: str
+    curves: dict[str, str]
+    low: float | None = (
+        None  # the lowest height shown, unless a curve goes below it; without it heights follow the data
+    )
+    high: float | None = None
+
+
+CHARTS = (
+    Chart("pretrain-loss", "Pretraining loss", "nats per token", {"training": "loss", "held out": "val_loss"}),
+    Chart("pretrain-bpb", "Held-out bits per byte", "bits per byte", {"GPT {:.2f}": "val_bpb"}, low=0),
+    Chart("sft-loss", "Fine-tuning loss on answers", "nats per token", {"training": "loss", "held out": "eval_loss"}),
+    Chart(
+        "reward-accuracy",
+        "Reward model: pairs ranked right",
+        "share of pairs, noisy labels",
+        {"training": "accuracy", "held out": "eval_accuracy"},
+        low=0.4,
+        high=1,
+    ),
+    Chart(
+        "reward-loss",
+        "Reward model: loss",
+        "−log σ(margin), nats",
+        {"training": "loss", "held out": "eval_loss"},
+        low=0,
+    ),
+    Chart(
+        "ppo-reward",
+        "Reward that PPO earns",
+        "reward model's standard scores",
+        {"score": "objective/scores", "less KL": "objective/rlhf_reward", "held out": "eval/proxy"},
+    ),
+    Chart("ppo-gold", "Gold during PPO, held-out prompts", "mean gold score", {"PPO": "eval/gold"}, low=0, high=1),
+    Chart("ppo-kl", "KL from SFT", "nats per answer", {"training": "objective/kl", "held out": "eval/kl"}, low=0),
+    Chart(
+        "ppo-length", "Length of answers", "tokens", {"training": "response/length", "held out": "eval/length"}, low=0
+    ),
+)
+# Label → role; in PPO, where training and held-out prompts are answered by the policy, its colour is the training's.
+ROLES = {"training": "quiet"}
+PPO_ROLES = {"held out": "ink", "less KL": "muted"}
+
+
+def _levels(chart: str, run: Run) -> list[tuple[str, str, float | None]]:
+    """What a chart's curves are to be compared with, as dashed lines: (label, role, height)."""
+    if chart == "pretrain-bpb":
+        bits = {kind: run.final("pretrain", f"{kind}_bpb") for kind in ("uniform", "bigram")}
+        return [(f"{kind} {number(height, '.2f')}", "muted", height) for kind, height in bits.items()]
+    if chart == "ppo-gold":
+        roles = {name: "best" for name in run.policies if name.startswith("best_of_")} | {"sft": "sft"}
+        return [(policy_title(name), role, run.policies.get(name, {}).get("gold")) for name, role in roles.items()]
+    fixed = {"reward-accuracy": ("chance", "muted", 0.5), "reward-loss": ("coin, log 2", "muted", log(2))}
+    return [fixed[chart]] if chart in fixed else []
+
+
 def draw_plots(run: Run) -> list[Plot]:
     """Every plot that the run has data for, in the chain's order."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    makers: list[tuple[str, str, str, Callable[[Axes, Run], bool]]] = [
-        ("gold", "evaluate", "Gold on held-out prompts", _gold_by_policy),
-        ("pretrain-loss", "pretrain", "Pretraining loss", _pretrain_loss),
-        ("pretrain-bpb", "pretrain", "Held-out bits per byte", _pretrain_bpb),
-        ("sft-loss", "sft", "Fine-tuning loss on answers", _sft_loss),
-        ("reward-accuracy", "reward", "Reward model: pairs ranked right", _reward_accuracy),
-        ("reward-loss", "reward", "Reward model: loss", _reward_loss),
-        ("reward-calibration", "reward", "Reward model: calibration", _calibration),
-        ("ppo-reward", "ppo", "Reward that PPO earns", _ppo_reward),
-        ("ppo-gold", "ppo", "Gold during PPO, held-out prompts", _ppo_gold),
-        ("ppo-kl", "ppo", "KL from SFT", _ppo_kl),
-        ("ppo-length", "ppo", "Length of answers", _ppo_length),
-    ]
-    plots = []
-    with matplotlib.rc_context(STYLE):
-        for name, group, title, draw in makers:
-            plot = _make(name, group, title, draw, run)
-            plots += [plot] if plot else []
-    return plots
+    with matplotlib.rc_context(fname=STYLE):
+        plots = [_gold_by_policy(run), *(_chart(chart, run) for chart in CHARTS), _calibration(run)]
+    order = ["evaluate", "pretrain", "sft", "reward", "ppo"]
+    return sorted((plot for plot in plots if plot), key=lambda plot: order.index(plot.group))
 
 
-def _make(name: str, group: str, title: str, draw: Callable[["Axes", Run], bool], run: Run) -> Plot | None:
-    """Draw one plot; None where `draw` says that the run has nothing to draw."""
-    from matplotlib.figure import Figure
-
+def _blank() -> tuple[Figure, Axes]:
     figure = Figure(figsize=SIZE)
     figure.subplots_adjust(left=0.1, right=0.8, top=0.8, bottom=0.17)
-    axes = figure.add_subplot()
-    if not draw(axes, run):
-        return None
-    # The unit of the y axis stands under the title, where it is read without turning one's head
+    return figure, figure.add_subplot()
+
+
+def _finished(figure: Figure, name: str, group: str, title: str, unit: str) -> Plot:
+    """The plot as SVG and PNG. The unit stands under the title, where it is read without turning one's head."""
     figure.text(0.025, 0.92, title, color=PALETTE["ink"], fontsize=10.5, fontweight="bold")
-    figure.text(0.025, 0.855, axes.get_ylabel(), color=PALETTE["muted"], fontsize=8.5)
-    axes.set_ylabel("")
+    figure.text(0.025, 0.855, unit, color=PALETTE["muted"], fontsize=8.5)
     svg, png = io.StringIO(), io.BytesIO()
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
     figure.savefig(png, format="png", dpi=160, facecolor="white")
@@ -120,39 +140,45 @@ def themed_svg(svg: str, name: str, title: str) -> str:
     body = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', body)
     body = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", body)
     body = re.sub(r'xlink:href="#([^"]+)"', rf'href="#{name}-\1"', body)
-    view = re.search(r'viewBox="([^"]+)"', body)[1]
-    opening = f'<svg viewBox="{view}" role="img" aria-label="{title}">'
+    view = re.findall(r'viewBox="[^"]+"', body)[0]
+    opening = f'<svg {view} role="img" aria-label="{title}">'
     return opening + body[body.index(">") + 1 :].strip()
 
 
 # ---- drawing --------------------------------------------------------------------------------------------------------
 
 
-Curve = tuple[str, str, tuple[list[float], list[float]], bool]  # label, role, (xs, ys), whether it is noisy
-Level = tuple[str, str, float | None]  # label, role, height
-
-
-def _curves(axes: "Axes", curves: list[Curve], levels: Sequence[Level] = ()) -> bool:
-    """Draw curves, noisy ones faint under their running mean, and dashed levels, each labelled at its right end."""
-    ends = []
-    for label, role, (xs, ys), noisy in curves:
+def _chart(chart: Chart, run: Run) -> Plot | None:
+    """Curves, noisy ones faint under their running mean, and levels; None where the run has no point to draw."""
+    (figure, axes), stage = _blank(), chart.name.partition("-")[0]
+    x, roles = ("episode", PPO_ROLES) if stage == "ppo" else ("step", ROLES)
+    ends, heights = [], []
+    for label, metric in chart.curves.items():
+        xs, ys = run.series(stage, metric, x)
         if not xs:
             continue
-        colour = PALETTE[role]
-        if noisy and len(ys) > 8:
+        heights += ys
+        colour = PALETTE[roles.get(label, "ppo")]
+        if stage == "ppo" and not metric.startswith("eval/") and len(ys) > 8:  # single updates are noisy
             axes.plot(xs, ys, color=colour, alpha=0.25, linewidth=1)
             ys = _running_mean(ys)
         axes.plot(xs, ys, color=colour, marker="o" if len(xs) <= 12 else None, markersize=3)
-        ends.append((ys[-1], label, colour))
+        ends.append((ys[-1], label.format(ys[-1]), colour))
     if not ends:
-        return False
-    for label, role, height in levels:
+        return None
+    for label, role, height in _levels(chart.name, run):
         if height is not None:
-            axes.axhline(height, color=PALETTE[role], linewidth=1, linestyle=(0, (4, 3)))
+            heights.append(height)
+            axes.axhline(height, color=PALETTE[role], linewidth=1, linestyle=DASHES)
             ends.append((height, label, PALETTE[role]))
-    _count_axis(axes)
+    if chart.low is not None:
+        axes.set_ylim(min(chart.low, 1.05 * min(heights)), chart.high or 1.1 * max(heights) or 1.0)
+    axes.set_xlabel("episodes" if stage == "ppo" else "optimizer steps")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if abs(x) >= 1000 else f"{x:g}")
+    axes.margins(x=0.02)
     _label_ends(axes, ends)
-    return True
+    return _finished(figure, chart.name, stage, chart.title, chart.unit)
 
 
 def _running_mean(ys: list[float]) -> list[float]:
@@ -164,7 +190,7 @@ def _running_mean(ys: list[float]) -> list[float]:
     return out
 
 
-def _label_ends(axes: "Axes", ends: list[tuple[float, str, str]], gap: float = 0.09) -> None:
+def _label_ends(axes: Axes, ends: list[tuple[float, str, str]], gap: float = 0.09) -> None:
     """Write (height, label, colour) right of the axes, pushed apart where they would touch."""
     axes.autoscale_view()
     low, high = axes.get_ylim()
@@ -179,148 +205,42 @@ def _label_ends(axes: "Axes", ends: list[tuple[float, str, str]], gap: float = 0
         axes.text(1.025, height, label, transform=axes.transAxes, color=colour, fontsize=8.5, va="center")
 
 
-def _count_axis(axes: "Axes") -> None:
-    """Thousands as `2k`."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:g}k" if abs(x) >= 1000 else f"{x:g}"))
-    axes.margins(x=0.02)
-
-
-def _gold_by_policy(axes: "Axes", run: Run) -> bool:
-    rows = [(name, figures) for name, figures in run.policies.items() if figures["gold"] is not None]
+def _gold_by_policy(run: Run) -> Plot | None:
+    rows = [(name, p) for name, p in reversed(run.policies.items()) if p["gold"] is not None]
+    if not rows:
+        return None
+    figure, axes = _blank()
+    figure.subplots_adjust(left=0.2, right=0.88, bottom=0.1)
     roles = {"pretrain": "quiet", "sft": "sft", "ppo": "ppo"}
-    for place, (name, figures) in enumerate(reversed(rows)):
-        colour, (low, high) = PALETTE[roles.get(name, "best")], figures["gold_ci95"]
-        axes.plot([low, high], [place, place], color=colour, linewidth=5, alpha=0.3)
-        axes.plot([figures["gold"]], [place], "o", color=colour, markersize=8)
-        axes.text(
-            1.03,
-            place,
-            f"{figures['gold']:.2f}",
-            transform=axes.get_yaxis_transform(),
-            color=PALETTE["ink"],
-            fontsize=10,
-            fontweight="bold",
-            va="center",
-        )
-    axes.set(xlim=(0, 1), ylim=(-0.6, len(rows) - 0.4), ylabel="mean score of the judge, 95% interval")
-    titles = [policy_title(name) for name, _ in reversed(rows)]
-    axes.set_yticks(range(len(rows)), titles, fontsize=9, color=PALETTE["ink"])
+    for place, (name, p) in enumerate(rows):
+        colour = PALETTE[roles.get(name, "best")]
+        axes.plot(p["gold_ci95"], [place, place], color=colour, linewidth=5, alpha=0.3)
+        axes.plot([p["gold"]], [place], "o", color=colour, markersize=8)
+    axes.set(xlim=(0, 1), ylim=(-0.6, len(rows) - 0.4))
+    axes.set_yticks(range(len(rows)), [policy_title(name) for name, _ in rows], fontsize=9, color=PALETTE["ink"])
+    values = axes.secondary_yaxis("right")
+    values.set_yticks(range(len(rows)), [f"{p['gold']:.2f}" for _, p in rows], fontsize=10, fontweight="bold")
+    values.tick_params(labelcolor=PALETTE["ink"])
     axes.grid(axis="x", color=PALETTE["grid"])
-    axes.figure.subplots_adjust(left=0.2, right=0.88, bottom=0.1)
-    return bool(rows)
+    unit = "mean score of the judge, 95% interval"
+    return _finished(figure, "gold", "evaluate", "Gold on held-out prompts", unit)
 
 
-def _pretrain_loss(axes: "Axes", run: Run) -> bool:
-    axes.set(xlabel="optimizer steps", ylabel="nats per token")
-    return _curves(
-        axes,
-        [
-            ("training", "quiet", run.series("pretrain", "loss"), False),
-            ("held out", "ppo", run.series("pretrain", "val_loss"), False),
-        ],
-    )
-
-
-def _pretrain_bpb(axes: "Axes", run: Run) -> bool:
-    axes.set(xlabel="optimizer steps", ylabel="bits per byte")
-    xs, ys = run.series("pretrain", "val_bpb")
-    levels = [
-        (f"{kind} {bits:.2f}", "muted", bits)
-        for kind in ("uniform", "bigram")
-        if (bits := run.final("pretrain", f"{kind}_bpb")) is not None
-    ]
-    axes.set_ylim(0, 1.1 * max([*ys, *(bits for _, _, bits in levels)], default=1))
-    return _curves(axes, [(f"GPT {ys[-1]:.2f}" if ys else "", "ppo", (xs, ys), False)], levels)
-
-
-def _sft_loss(axes: "Axes", run: Run) -> bool:
-    axes.set(xlabel="optimizer steps", ylabel="nats per token")
-    return _curves(
-        axes,
-        [
-            ("training", "quiet", run.series("sft", "loss"), False),
-            ("held out", "ppo", run.series("sft", "eval_loss"), False),
-        ],
-    )
-
-
-def _reward_accuracy(axes: "Axes", run: Run) -> bool:
-    axes.set(xlabel="optimizer steps", ylabel="share of pairs, noisy labels", ylim=(0.4, 1.0))
-    return _curves(
-        axes,
-        [
-            ("training", "quiet", run.series("reward", "accuracy"), False),
-            ("held out", "ppo", run.series("reward", "eval_accuracy"), False),
-        ],
-        [("chance", "muted", 0.5)],
-    )
-
-
-def _reward_loss(axes: "Axes", run: Run) -> bool:
-    axes.set(xlabel="optimizer steps", ylabel="−log σ(margin), nats")
-    axes.set_ylim(0, 1.1 * max([0.75, *run.series("reward", "loss")[1]]))
-    return _curves(
-        axes,
-        [
-            ("training", "quiet", run.series("reward", "loss"), False),
-            ("held out", "ppo", run.series("reward", "eval_loss"), False),
-        ],
-        [("coin, log 2", "muted", 0.6931)],
-    )
-
-
-def _calibration(axes: "Axes", run: Run) -> bool:
+def _calibration(run: Run) -> Plot | None:
     bins = run.calibration.get("bins", [])
+    if not bins:
+        return None
+    figure, axes = _blank()
     low = 0.5 if all(b["predicted"] >= 0.5 for b in bins) else 0.0
-    axes.plot([low, 1], [low, 1], color=PALETTE["muted"], linewidth=1, linestyle=(0, (4, 3)))
-    most = max((b["n"] for b in bins), default=1)
+    axes.plot([low, 1], [low, 1], color=PALETTE["muted"], linewidth=1, linestyle=DASHES)
+    most = max(b["n"] for b in bins)
     for x, y, n in ((b["predicted"], b["observed"], b["n"]) for b in bins):
         spread = 1.96 * (y * (1 - y) / n) ** 0.5
         axes.plot([x, x], [max(0.0, y - spread), min(1.0, y + spread)], color=PALETTE["ppo"], alpha=0.3, linewidth=2)
         axes.scatter(x, y, s=12 + 60 * n / most, color=PALETTE["ppo"], linewidths=0, zorder=3)
-    axes.set(xlabel="predicted, σ(margin)", ylabel="share of pairs where the prediction held", xlim=(low - 0.02, 1.02))
+    axes.set(xlabel="predicted, σ(margin)", xlim=(low - 0.02, 1.02))
     axes.set_ylim(max(0.0, min([low, *(b["observed"] for b in bins)]) - 0.08), 1.05)
     _label_ends(axes, [(1.0, "perfect", PALETTE["muted"])])
     axes.text(1.025, 0.0, "dot size:\npairs", transform=axes.transAxes, color=PALETTE["muted"], fontsize=8)
-    return bool(bins)
-
-
-def _ppo(run: Run, name: str) -> tuple[list[float], list[float]]:
-    return run.series("ppo", name, x="episode")
-
-
-def _ppo_reward(axes: "Axes", run: Run) -> bool:
-    axes.set(xlabel="episodes", ylabel="reward model's standard scores")
-    return _curves(
-        axes,
-        [
-            ("score", "ppo", _ppo(run, "objective/scores"), True),
-            ("less KL", "muted", _ppo(run, "objective/rlhf_reward"), True),
-            ("held out", "ink", _ppo(run, "eval/proxy"), False),
-        ],
-    )
-
-
-def _ppo_gold(axes: "Axes", run: Run) -> bool:
-    axes.set(xlabel="episodes", ylabel="mean gold score", ylim=(0, 1))
-    roles = {name: "best" for name in run.policies if name.startswith("best_of_")} | {"sft": "sft"}
-    levels = [(policy_title(name), role, run.policies.get(name, {}).get("gold")) for name, role in roles.items()]
-    return _curves(axes, [("PPO", "ppo", _ppo(run, "eval/gold"), False)], levels)
-
-
-def _ppo_kl(axes: "Axes", run: Run) -> bool:
-    axes.set(xlabel="episodes", ylabel="nats per answer")
-    training, held_out = _ppo(run, "objective/kl"), _ppo(run, "eval/kl")
-    heights = [0.0, *training[1], *held_out[1]]
-    axes.set_ylim(1.05 * min(heights), 1.1 * max(heights) or 1.0)
-    return _curves(axes, [("training", "ppo", training, True), ("held out", "ink", held_out, False)])
-
-
-def _ppo_length(axes: "Axes", run: Run) -> bool:
-    axes.set(xlabel="episodes", ylabel="tokens")
-    training, held_out = _ppo(run, "response/length"), _ppo(run, "eval/length")
-    axes.set_ylim(0, 1.15 * max([*training[1], *held_out[1]], default=1))
-    return _curves(axes, [("training", "ppo", training, True), ("held out", "ink", held_out, False)])
+    unit = "share of pairs where the prediction held"
+    return _finished(figure, "reward-calibration", "reward", "Reward model: calibration", unit)

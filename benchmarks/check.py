@@ -1,0 +1,122 @@
+"""Compare finished runs with what their preset expects: `python -m benchmarks.check --runs runs/stories …`.
+
+The thresholds stand in configs/<preset>/expected.yaml: a figure by its place in summary.json, and under it any of
+`at_least`, `at_most`, `within: [share, other figure]` and `above: [policies]` (by more than two standard errors of the
+mean difference in gold, paired over the held-out prompts). The exit code is 1 if a threshold does not hold,
+2 if there is nothing to compare.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.errors import UserError
+from pipeline.report.gather import Run, number, policy_title, read_run, summary
+
+STANDARD_ERRORS = 2
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One threshold, what the run has, and whether it holds."""
+
+    run: str
+    expected: str
+    found: str
+    holds: bool
+
+
+def paired_difference(run: Run, ours: str, theirs: str) -> tuple[float, float]:
+    """Mean and standard error of the difference in gold between two policies' answers to the same prompts.
+
+    Raises UserError if a policy has no answers with gold scores, or not as many as the other.
+    """
+    gold = {
+        name: {row["index"]: row["gold"] for row in run.samples if row["policy"] == name} for name in (ours, theirs)
+    }
+    if len(gold[ours]) < 2 or gold[ours].keys() != gold[theirs].keys() or None in gold[ours].values():
+        raise UserError(f"{run.folder}/evaluate/samples.jsonl: {ours} and {theirs} have no gold scores to be paired")
+    differences = [gold[ours][index] - gold[theirs][index] for index in gold[ours]]
+    return mean(differences), stdev(differences) / sqrt(len(differences))
+
+
+def check(run: Run, expected: dict[str, dict[str, Any]]) -> list[Finding]:
+    """Every threshold of `expected` beside what the run has. Raises UserError for a threshold that is not known."""
+    figures, findings = summary(run), []
+
+    def add(words: str, found: str, holds: bool) -> None:
+        findings.append(Finding(run.folder.name, words, found, holds))
+
+    for name, thresholds in expected.items():
+        value = _figure(figures, name)
+        for kind, bound in thresholds.items():
+            if kind == "above":
+                findings += [_above(run, name.split(".")[1], other) for other in bound]
+            elif value is None:
+                add(f"{name} {kind} {bound}", "not recorded", False)
+            elif kind == "at_least":
+                add(f"{name} at least {bound}", number(value, ".3f"), value >= bound)
+            elif kind == "at_most":
+                add(f"{name} at most {bound}", number(value, ".3f"), value <= bound)
+            elif kind == "within":
+                ratio = value / (_figure(figures, bound[1]) or float("nan"))
+                add(f"{name} within {bound[0]:.0%} of {bound[1]}", f"{ratio - 1:+.1%}", abs(ratio - 1) <= bound[0])
+            else:
+                raise UserError(f"{name}: no threshold is called {kind}; there are at_least, at_most, within, above")
+    return findings
+
+
+def _figure(figures: Any, name: str) -> float | None:
+    for key in name.split("."):
+        figures = figures.get(key) if isinstance(figures, dict) else None
+    return figures
+
+
+def _above(run: Run, ours: str, theirs: str) -> Finding:
+    difference, error = paired_difference(run, ours, theirs)
+    words = f"{policy_title(ours)}'s gold above {policy_title(theirs)}'s by more than {STANDARD_ERRORS} standard errors"
+    return Finding(run.folder.name, words, f"{difference:+.3f} ± {error:.3f}", difference > STANDARD_ERRORS * error)
+
+
+def check_all(runs: list[Run], configs: Path = Path("configs")) -> list[Finding]:
+    """The findings of all runs, each by its own preset's thresholds. Raises UserError for a preset that has none."""
+    findings = []
+    for run in runs:
+        file = configs / run.preset / "expected.yaml"
+        if not file.is_file():
+            raise UserError(f"{run.folder}: PRESET={run.preset} expects nothing: there is no {file}")
+        findings += check(run, yaml.safe_load(file.read_text(encoding="utf-8")))
+    return findings
+
+
+def show(findings: list[Finding]) -> None:
+    """The findings as a table, those that do not hold in red."""
+    table = Table("run", "expected", "found", "")
+    for finding in findings:
+        row = (finding.run, finding.expected, finding.found, "holds" if finding.holds else "FAILS")
+        table.add_row(*row, style=None if finding.holds else "red")
+    Console(width=140 if not sys.stdout.isatty() else None).print(table)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", required=True, help="folders of finished runs")
+    options = parser.parse_args(arguments)
+    try:
+        findings = check_all([read_run(run) for run in options.runs])
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")
+    show(findings)
+    sys.exit(not all(finding.holds for finding in findings))
+
+
+if __name__ == "__main__":
+    main()
