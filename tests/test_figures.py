@@ -96,8 +96,8 @@ def test_an_unknown_threshold_is_a_user_error(run: Path) -> None:
 
 
 def test_the_exit_code_says_whether_all_hold(run: Path, capsys: pytest.CaptureFixture) -> None:
-    for figures, code in ((GOOD, 0), ({"kl": 9.0}, 1)):
-        change(run, "ppo", **figures)
+    for values, code in ((GOOD, 0), ({"kl": 9.0}, 1)):
+        change(run, "ppo", **values)
         with pytest.raises(SystemExit) as ended:
             check.main(["--runs", str(run)])
         assert ended.value.code == code and ("FAILS" in capsys.readouterr().out) == bool(code)
