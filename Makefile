@@ -37,7 +37,7 @@ endif
 
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
-.PHONY: all $(CHAIN) chat setup smoke test lint bench bench-train bench-sample bench-ppo bench-shakespeare course ablation-ppo figures check clean help
+.PHONY: all $(CHAIN) chat setup smoke test test-fast coverage golden lint bench bench-train bench-sample bench-ppo bench-shakespeare course ablation-ppo figures check clean help
 
 all: $(lastword $(STAGES)) ## the whole chain, then a table, samples and the report (default)
 	@$(if $(filter report,$(STAGES)),,echo "PRESET=$(PRESET) ends here: it is pretraining only. \`make chat PRESET=$(PRESET)\` writes on from your words")
@@ -107,6 +107,15 @@ $(VENV)/.ready-reviews: requirements-reviews.txt | $(VENV)/.ready
 
 test: | $(READY) ## all tests
 	@pytest $(ARGS)
+
+test-fast: | $(READY) ## the fast tests: under a minute on one core
+	@pytest -m "not slow" $(ARGS)
+
+coverage: | $(READY) ## all tests, and the share of lines that they run
+	@coverage erase && coverage run -m pytest $(ARGS) && coverage combine --quiet && coverage report
+
+golden: | $(READY) ## make tests/golden_ppo.json anew, after a change that is meant to change numbers
+	@PYTHONPATH=. python tests/golden.py
 
 lint: | $(READY) ## rules, format and types
 	@ruff check .
