@@ -20,8 +20,7 @@ from pipeline.chain import CHAIN
 from pipeline.checkpoint import sha256_of
 from pipeline.model.load import load_policy, load_reward
 from pipeline.runtime import arguments
-
-pytestmark = pytest.mark.slow
+from pipeline.runtime.ppo_arguments import PPOArguments
 
 STAGES = ["tokenizer", "pretrain", "sft", "preferences", "reward", "ppo", "evaluate", "report"]
 TRAINED = ["pretrain", "sft", "reward", "ppo"]
@@ -72,7 +71,7 @@ def test_the_stages_read_the_folders_of_the_table() -> None:
     """By the defaults of their arguments; the report reads whatever is in the run's folder."""
     kinds = {
         kind.__name__.removesuffix("Arguments").lower(): kind
-        for kind in vars(arguments).values()
+        for kind in [*vars(arguments).values(), PPOArguments]
         if isinstance(kind, type) and kind.__name__.endswith("Arguments")
     }
     for stage in CHAIN[:-1]:
