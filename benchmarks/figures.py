@@ -64,7 +64,7 @@ def markdown_table(rows: list[dict[str, str]]) -> str:
 # ---- picture --------------------------------------------------------------------------------------------------------
 
 WIDTH, MARGIN, GAP = 700, 14, 14  # in CSS pixels, as at the picture's natural size; a phone shows it at half of that
-LINE, LETTERS = 29, 34  # height of a line of an answer, and letters that fit one
+LINE, LETTERS = 29, 32  # height of a line of an answer, and letters that fit one
 
 
 def draw_before_after(run: Run, file: Path) -> None:
