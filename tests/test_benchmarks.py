@@ -32,7 +32,7 @@ def test_a_model_of_the_course_without_mlp_is_attention_alone():
     block = model.model.layers[0]
     x = torch.randn(2, 16, course.WIDTH)
     assert not block.mlp(x).any()
-    course.loss_of(model, ids, masked=True).backward()
+    course.loss_of(model, course.masked(list(ids))).backward()
     assert block.mlp.up_proj.weight.grad is None and block.self_attn.v_proj.weight.grad.any()
 
 
@@ -56,7 +56,7 @@ def test_course_runs_and_ends_in_a_json_line(capsys):
     line = course.main(["--quick"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == line
     figures = line["bits_per_byte"]
-    assert list(figures) == ["uniform", "bigram, counted", *course.MODELS]
+    assert list(figures) == ["uniform", "bigram, counted", *(course.STEPS | course.INSTRUCTION_STEPS)]
     assert figures["GPT: four blocks"][0] < figures["embedding and head"][0] < figures["uniform"][0]
 
 

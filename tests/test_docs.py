@@ -21,7 +21,7 @@ from pipeline.runtime.ppo_arguments import PPOArguments
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "reward_data/README.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 # Made on other branches: to be emptied when all of them are here.
-COMING_FILES = {"docs/course.md", "docs/before_after.png"}
+COMING_FILES: set[str] = set()
 # Options of other programs than the stages and the benchmarks.
 FOREIGN = {"config", "config_file", "help"}
 KINDS = [kind for name, kind in vars(arguments).items() if name.endswith("Arguments")] + [PPOArguments]
