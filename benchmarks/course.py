@@ -67,7 +67,7 @@ def gpt(layers: int, heads: int = 4, mlp: bool = True) -> GPTForCausalLM:
 
 
 def gpt2() -> GPT2LMHeadModel:
-    """A GPT-2 of the GPT's width, depth and vocabulary: LayerNorm, learned positions, GELU, biases; the head is tied."""
+    """A GPT-2 of the GPT's width, depth and vocabulary: LayerNorm, learned positions, GELU, biases, a tied head."""
     config = GPT2Config(
         vocab_size=VOCABULARY,
         n_embd=WIDTH,
