@@ -5,6 +5,7 @@ dataclass that is filled, whether from a YAML file, the command line or Python.
 """
 
 import operator
+from numbers import Integral, Real
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, MultipleOf
@@ -37,11 +38,22 @@ def check_bounds(settings: Any) -> None:
     for name, kind in get_type_hints(type(settings), include_extras=True).items():
         value = getattr(settings, name)
         options = (kind,) if get_origin(kind) in (Annotated, Literal) else get_args(kind)
+        if value is None and options and type(None) not in options:
+            raise UserError(f"{name}: none is not possible here; give a value")
         for option in options:
             if get_origin(option) is Literal and value not in get_args(option):
                 raise UserError(f"{name}: {value!r} is none of {', '.join(map(repr, get_args(option)))}")
             if get_origin(option) is Annotated and value is not None:
-                _check(name, value, get_args(option)[1:], ", or none" if type(None) in options else "")
+                base, *marks = get_args(option)
+                _check_type(name, value, base)
+                _check(name, value, tuple(marks), ", or none" if type(None) in options else "")
+
+
+def _check_type(name: str, value: Any, base: type) -> None:
+    """Numbers of NumPy count as numbers; text and truth values do not."""
+    numbers = Integral if base is int else Real
+    if isinstance(value, bool) or not isinstance(value, numbers):
+        raise UserError(f"{name}: {value!r} is not {'a whole number' if base is int else 'a number'}")
 
 
 def _check(name: str, value: float, marks: tuple[Any, ...], or_none: str) -> None:

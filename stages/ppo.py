@@ -10,6 +10,7 @@ from pipeline.model.load import fit_embeddings, load_critic, load_policy
 from pipeline.model.lora import add_lora
 from pipeline.ppo import PPOTrainer
 from pipeline.ppo.advantages import ESTIMATORS
+from pipeline.ppo.config import check_config
 from pipeline.rewards import load_function, load_rewards, reward_names
 from pipeline.runtime.console import run
 from pipeline.runtime.ppo_arguments import PPOArguments
@@ -27,6 +28,8 @@ SHOWN = (
 def main(args: PPOArguments) -> None:
     """Policy and reference start from the SFT model, the critic from the reward model unless it sits on the policy's
     trunk; the reward model stays fixed."""
+    if bool(args.ptx_coef) != bool(args.ptx_dataset):
+        raise UserError("ptx_coef and ptx_dataset go together; set both or neither")
     rewards = {f"reward_{i}": r for i, r in enumerate(reward_names(args.reward)) if ":" not in r}
     inputs = {
         "model": args.model_name_or_path,
@@ -35,6 +38,7 @@ def main(args: PPOArguments) -> None:
     }
     stage = Stage(args, "ppo", inputs | {"dataset": args.dataset, "ptx_dataset": args.ptx_dataset})
     stage.shown = tuple(SHOWN.split())
+    check_config(args, stage.accelerator.num_processes)  # before the models are opened
     tokenizer = load_tokenizer(args.model_name_or_path)
     policy, critic = load_models(args, tokenizer)
     trainer = PPOTrainer(
@@ -79,9 +83,7 @@ def load_models(args: PPOArguments, tokenizer: PreTrainedTokenizerBase) -> tuple
 
 
 def pretraining_text(args: PPOArguments) -> list[str] | None:
-    """Documents for the mix of `ptx_coef`, or None where there is none. Raises UserError for half a setting."""
-    if bool(args.ptx_coef) != bool(args.ptx_dataset):
-        raise UserError("ptx_coef and ptx_dataset go together; set both or neither")
+    """Documents for the mix of `ptx_coef`, or None where there is none."""
     if not args.ptx_dataset:
         return None
     return data.load_texts(args.ptx_dataset, split="train", seed=args.seed, max_bytes=args.ptx_max_bytes)

@@ -1,8 +1,11 @@
 """The sampler's seam: anything with `sync` and `generate` answers, and what it says is what PPO learns from."""
 
+import pytest
 import torch
-from ppo_tools import end_alike, policy, prompts, rolled, trainer, weights
+from ppo_tools import critic, end_alike, policy, prompts, rolled, trainer, weights
 
+from pipeline.errors import UserError
+from pipeline.model.lora import add_lora
 from pipeline.model.sampler import OwnSampler, Samples
 
 
@@ -64,6 +67,35 @@ def test_the_evaluation_asks_it_too_and_the_reference_once(tmp_path):
     assert answered == [5, 5, 8, 5]  # policy and reference before, a round, the policy after
     assert torch.equal(sampler.synced[1]["lm_head.weight"], other.lm_head.weight)
     assert made.rows[0]["eval/length"] == 2.0 and made.rows[0]["eval/win_rate"] == 0.5
+
+
+class Silent(Fixed):
+    """One that does not know its log-probabilities, or knows too many."""
+
+    width = None
+
+    def generate(self, prompts, **options):
+        samples = super().generate(prompts, **options)
+        samples.logprobs = None if self.width is None else torch.zeros(len(prompts), self.width)
+        return samples
+
+
+def test_what_a_sampler_leaves_out_is_said(tmp_path):
+    made = trainer(tmp_path, sampler=Silent(), total_episodes=8)
+    made.train()
+    assert "val/sampler_gap" not in made.rows[0]
+    with pytest.raises(UserError, match="sampler_weight_cap is set, but the sampler gives no logprobs"):
+        trainer(tmp_path, sampler=Silent(), sampler_weight_cap=2.0).train()
+    wide = Silent()
+    wide.width = 9
+    with pytest.raises(UserError, match=r"logprobs have the shape \(8, 9\); needed is .* \(8, 2\)"):
+        trainer(tmp_path, sampler=wide).train()
+
+
+def test_a_lora_reference_is_not_for_a_sampler_of_ones_own(tmp_path):
+    models = add_lora(policy(), r=2), critic()
+    with pytest.raises(UserError, match="cannot answer as a LoRA policy without its adapter"):
+        trainer(tmp_path, sampler=Fixed(), models=models, eval_rows=prompts(3))
 
 
 def test_our_own_is_the_default(tmp_path):

@@ -378,6 +378,13 @@ def test_a_reference_on_the_policys_own_weights_is_refused(tmp_path):
         trainer(tmp_path, models=(actor, critic()), reference=other)
 
 
+def test_a_critic_on_the_policys_own_weights_is_refused(tmp_path):
+    actor, judge = policy(), critic()
+    judge.model.embed_tokens.weight = actor.model.embed_tokens.weight
+    with pytest.raises(UserError, match="the critic shares weights with the policy"):
+        trainer(tmp_path, models=(actor, judge))
+
+
 # --- wrong input ------------------------------------------------------------------------------------------------------
 
 

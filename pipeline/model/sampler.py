@@ -33,14 +33,14 @@ class Samples:
     prompt_lengths, response_lengths (N,) long; a response's length counts its end token.
     ended (N,) bool: an end token was sampled; False means cut at max_new_tokens.
     logprobs (N, R) fp32: log-probability of each response token after temperature and before top-k, top-p and min-p
-    (temperature 0: at temperature 1); 0 after the end.
+    (temperature 0: at temperature 1); 0 after the end. None where a sampler of one's own does not know them.
     """
 
     sequences: Tensor
     prompt_lengths: Tensor
     response_lengths: Tensor
     ended: Tensor
-    logprobs: Tensor
+    logprobs: Tensor | None
 
     def answers(self, with_end: bool = False) -> list[list[int]]:
         """Each response as token ids, with its end token where it has one or without."""

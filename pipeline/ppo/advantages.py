@@ -36,7 +36,8 @@ def estimate_gae(rollout: Rollout, rewards: Tensor, args: PPOConfig, reduce: Red
 
 def estimate_rloo(rollout: Rollout, rewards: Tensor, args: PPOConfig, reduce: Reduce) -> None:
     """REINFORCE leave-one-out (arXiv 2402.14740): the answer as a whole is the action, so all its tokens have one
-    advantage, and its return is its score less β·KL of all its tokens. Not whitened, so it stays unbiased."""
+    advantage, and its return is its score less β·KL of all its tokens. Not whitened: the baseline adds no bias. The
+    loss is PPO's, with a ratio for each token and a mean over the mini-batch's tokens."""
     advantages = A.leave_one_out(rewards.sum(1), args.num_generations)
     rollout.advantages = advantages[:, None] * rollout.mask
 

@@ -88,7 +88,8 @@ class PPOConfig:
     ptx_max_length: Count = 128
     """Tokens of a pretraining text, from its beginning; only with ptx_coef."""
     cliprange_value: Positive | None = 0.2
-    """The critic's loss does not reward moving further than this from its value at sampling time; none: it may."""
+    """The critic's loss does not reward moving further than this from its value at sampling time; none: it may. Only
+    with gae."""
     target_kl: Positive | None = None
     """An update's policy steps stop once a mini-batch's approximate KL to the sampling policy exceeds this."""
     share_trunk: bool = False

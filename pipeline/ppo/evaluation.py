@@ -107,8 +107,8 @@ class Evaluator:
         if self.gold:
             gold = checked("gold", self.gold, batch.prompts, completions, batch.columns)
         lengths, ended = samples.response_lengths.tolist(), samples.ended.tolist()
-        texts = map(text_of, completions)
-        answers = list(map(HeldOutAnswer, texts, lengths, ended, proxy, gold))
+        rows = zip(map(text_of, completions), lengths, ended, proxy, gold, strict=True)
+        answers = [HeldOutAnswer(*row) for row in rows]
         if with_kl:
             rollout = Rollout.of(samples, torch.tensor(proxy, device=self.learner.device))
             for answer, kl in zip(answers, self.learner.kl_of(rollout), strict=True):

@@ -83,7 +83,7 @@ class Learner:
             metrics["val/explained_variance"] = explained.item()
         return metrics
 
-    def _read(self, rollout: Rollout, plan: Plan, values: bool = True) -> dict[str, float]:
+    def _read(self, rollout: Rollout, plan: Plan) -> dict[str, float]:
         """The forward passes before learning: the policy's, the reference's and the critic's; returns their times."""
         models, times = self.models, dict[str, float]()
         clock = self.clock()
@@ -103,7 +103,7 @@ class Learner:
                 reference = models.reference_forward
                 (rollout.ref_logprobs,) = rollout.per_token(lambda *inputs: reference(*inputs)[0], plan)
             lap("reference")
-            if models.critic_forward is not None and values:
+            if models.critic_forward is not None:
                 (rollout.values,) = rollout.per_token(models.critic_forward, plan)
                 lap("critic")
         return times
@@ -111,8 +111,13 @@ class Learner:
     def kl_of(self, rollout: Rollout) -> list[float]:
         """log π − log π_ref of each answer as a whole, in nats."""
         rows = torch.arange(len(rollout.scores), device=self.device)
-        self._read(rollout, [list(rows.split(self.args.per_device_train_batch_size))], values=False)
-        return A.kl_k1(rollout.logprobs, rollout.ref_logprobs).double().sum(1).tolist()
+        plan = [list(rows.split(self.args.per_device_train_batch_size))]
+        policy, reference = self.models.policy_forward, self.models.reference_forward
+        with self.accelerator.autocast():
+            (logprobs,) = rollout.per_token(lambda *inputs: policy(*inputs)[0], plan)
+            with reference.without_adapter():
+                (ref_logprobs,) = rollout.per_token(lambda *inputs: reference(*inputs)[0], plan)
+        return A.kl_k1(logprobs, ref_logprobs).double().sum(1).tolist()
 
     # --- the steps ----------------------------------------------------------------------------------------------------
 

@@ -75,13 +75,14 @@ def check_models(
     models = {name: without_wrapper(model) for name, model in given.items() if model is not None}
     for name, model in models.items():
         check_fits(tokenizer, embedding_count(model), f"the {name}")
-    if reference is not None and reference is not policy:
-        own = {id(p) for p in policy.parameters()}
-        if any(id(p) in own for p in reference.parameters()):
-            raise UserError(
-                "the reference shares weights with the policy, which will be trained; pass None for a copy of the "
-                "policy as it is now, or with LoRA for the policy with its adapter switched off"
-            )
+    own = {id(p) for p in policy.parameters()}
+    if critic is not None and any(id(p) in own for p in critic.parameters()):
+        raise UserError("the critic shares weights with the policy; give it weights of its own, or set share_trunk")
+    if reference is not None and reference is not policy and any(id(p) in own for p in reference.parameters()):
+        raise UserError(
+            "the reference shares weights with the policy, which will be trained; pass None for a copy of the "
+            "policy as it is now, or with LoRA for the policy with its adapter switched off"
+        )
     if args.ref_sync_updates:
         if is_lora(policy):
             raise UserError(

@@ -57,7 +57,7 @@ class Prints:
     @property
     def resume_from(self) -> Path | None:
         """The newest checkpoint that is whole."""
-        return latest_checkpoint(self.checkpoints)
+        return latest_checkpoint(self.checkpoints, self.say)
 
     def begin(self) -> None:
         """Nothing has to be made ready."""

@@ -276,8 +276,24 @@ class Answerer:
                 pad_token_id=self.pad_token,
                 generator=random,
             )
+        self._check(samples, len(batch.ids))
         texts = answer_texts(self.processing_class, samples.answers())
         return samples, [answer_to(prompt, text) for prompt, text in zip(batch.prompts, texts, strict=True)]
+
+    def _check(self, samples: Samples, rows: int) -> None:
+        """Raise UserError for what a sampler of the user's own must not return."""
+        if len(samples.sequences) != rows:
+            raise UserError(
+                f"the sampler returned {len(samples.sequences)} answers to {rows} prompts; one each is needed"
+            )
+        if samples.logprobs is None:
+            if self.args.sampler_weight_cap is not None:
+                raise UserError("sampler_weight_cap is set, but the sampler gives no logprobs; set it to none")
+        elif samples.logprobs.shape != (rows, int(samples.response_lengths.max())):
+            raise UserError(
+                f"the sampler's logprobs have the shape {tuple(samples.logprobs.shape)}; needed is (answers, longest "
+                f"response), {(rows, int(samples.response_lengths.max()))}"
+            )
 
 
 class PretrainingText:

@@ -22,7 +22,8 @@ from pipeline.model.lora import is_lora, trained_weights
 from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.learner import Learner
 
-# What may change between the parts of one run; of anything else, its result would be of neither.
+# What may change between the parts of a script's run; of anything else, its result would be of neither. (A stage has a
+# list of its own in runtime/resume.py.)
 FREE = (
     "output_dir",
     "gradient_checkpointing",
@@ -92,10 +93,11 @@ def save_state(checkpoints: Path, learner: Learner, state: RunState, identity: d
 def load_state(folder: Path, learner: Learner, identity: dict[str, Any]) -> RunState:
     """Put a learner that has just been built back to where `save_state` left it; UserError if it is of another run."""
     content = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    if "state" not in content:
-        raise UserError(
-            f"checkpoint {folder} was written by another version of this project; choose another output_dir"
-        )
+    try:
+        state = RunState(**content["state"])
+    except (KeyError, TypeError):
+        sentence = f"checkpoint {folder} is of another version of this project; choose another output_dir"
+        raise UserError(sentence) from None
     now = _plain(identity)
     for name, then in content["identity"].items():
         if name in now and now[name] != then:
@@ -113,8 +115,9 @@ def load_state(folder: Path, learner: Learner, identity: dict[str, Any]) -> RunS
         ) from None
     for name, optimizer in learner.optimizers.items():
         optimizer.load_state_dict(content["optimizers"][name])
+        optimizer.zero_grad()
     _set_random_state(content["random"][learner.rank])
-    return RunState(**content["state"])
+    return state
 
 
 def identity_of(learner: Learner, prompts: int, held_out: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.checkpoint import latest_checkpoint, write_json
 from pipeline.errors import UserError
 from pipeline.model.hardware import keep_freed_memory
-from pipeline.model.lora import save_whole
+from pipeline.model.lora import is_lora, save_whole
 from pipeline.model.sampler import OwnSampler, Sampler
 from pipeline.ppo import algorithm as A
 from pipeline.ppo.config import PPOConfig, check_config
@@ -98,6 +98,11 @@ class PPOTrainer:
         self.prompts = self._prompts(train_dataset, "train_dataset")
         self.rewards = combined(rewards)
         self.answerer = Answerer(sampler or OwnSampler(), processing_class, end_tokens, args, accelerator)
+        if sampler is not None and eval_dataset is not None and is_lora(policy) and reference in (None, policy):
+            raise UserError(
+                "a sampler of your own cannot answer as a LoRA policy without its adapter, which the win rate compares "
+                "with; pass a reference, or no eval_dataset"
+            )
         ptx = self._pretraining_text(ptx_dataset) if args.ptx_coef else None
         held_out = self._held_out(eval_dataset, gold)
         if accelerator.device.type == "cpu":
@@ -219,6 +224,7 @@ class PPOTrainer:
             everywhere = torch.ones_like(scores, dtype=torch.bool)
             metrics["objective/scores_raw"] = A.masked_mean(scores, everywhere, reduce).item()
         if args.normalize_scores:
+            state.updating = True  # these scores must not be counted twice
             state.score_moments = A.add_to_moments(state.score_moments, scores, reduce)
         scores = A.scale_scores(scores, state.score_moments if args.normalize_scores else None, args.score_clip)
         return scores - args.missing_eos_penalty * (~ended), metrics
@@ -324,16 +330,18 @@ class PPOTrainer:
         self.accelerator.wait_for_everyone()
 
     def save_state(self) -> None:
-        """Write a checkpoint of everything that a run goes on from."""
+        """Write a checkpoint of everything that a run goes on from. Raises UserError while an update is half done."""
+        self._check_whole()
         save_state(self.recorder.checkpoints, self.learner, self.state, self._identity())
 
     def resume(self) -> int:
         """Go on from the newest checkpoint, if nothing is done yet; returns the number of updates done."""
+        self._check_whole()
         point = self.recorder.resume_from if self.state.updates_done == 0 else None
         if point is not None:
             self.state = load_state(point, self.learner, self._identity())
             done, total = self.state.updates_done, self.args.total_updates
-            self.recorder.say(f"going on from {point}: {done} of {total} updates are done")
+            self.recorder.say(f"{point}: {done} of {total} updates are done")
         self.resumed = True
         return self.state.updates_done
 
@@ -345,11 +353,7 @@ class PPOTrainer:
 
     def _begin(self) -> None:
         """What stands before updates: nothing half done, no other run's checkpoints, an evaluation that is due."""
-        if self.state.updating:
-            raise UserError(
-                f"update {self.state.updates_done + 1} was broken off half way; build models and trainer anew: `train` "
-                "goes on from the last checkpoint"
-            )
+        self._check_whole()
         new = self.state.updates_done == 0 and not self.resumed
         if new and latest_checkpoint(self.recorder.checkpoints, lambda sentence: None):
             raise UserError(
@@ -358,6 +362,13 @@ class PPOTrainer:
             )
         self.recorder.begin()
         self.evaluate_if_due()
+
+    def _check_whole(self) -> None:
+        if self.state.updating:
+            raise UserError(
+                f"update {self.state.updates_done + 1} was broken off half way; build models and trainer anew: `train` "
+                "goes on from the last checkpoint"
+            )
 
     def _prompts(self, rows: Any, name: str) -> Prompts:
         return Prompts(rows, self.processing_class, self.args.response_length, self.context, name)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipeline.bounds import Count, CountOrZero, NotNegative
+from pipeline.bounds import Count, NotNegative
 from pipeline.ppo.config import PPOConfig
 from pipeline.runtime.arguments import StageArguments
 
@@ -16,9 +16,9 @@ class PPOArguments(StageArguments, PPOConfig):
     """Folder of the optimised policy; its subfolder `critic` has the value model."""
     dataset: str = "stories"
     """Prompts: generator (stories, reviews), file or hub name."""
-    dataset_size: CountOrZero = 4000
+    dataset_size: Count = 4000
     """Training prompts to generate or read at most."""
-    eval_size: CountOrZero = 128
+    eval_size: Count = 128
     """Held-out prompts for the evaluation during training."""
     model_name_or_path: str = "{run_dir}/sft"
     """Policy to optimise; its frozen copy is the reference."""
@@ -43,7 +43,7 @@ class PPOArguments(StageArguments, PPOConfig):
     """λ of uwo: how much disagreement among the members costs."""
     critic_name_or_path: str = "{run_dir}/reward"
     """Model whose trunk the critic starts from (the reward model or the policy); its head is new. Not with
-    share_trunk."""
+    share_trunk, nor with rloo."""
     gold: str | None = None
     """Judge `module:name` that is only looked at (eval/gold), never optimised."""
     ptx_dataset: str | None = None
