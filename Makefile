@@ -66,6 +66,7 @@ define stage
 $(1): $(RUN)/$(1)/stage.json
 $(RUN)/$(1)/stage.json: $(2:%=$(RUN)/%/stage.json) configs/$(PRESET)/$(1).yaml $(inputs_of) | $(READY)
 	@$$(LAUNCH) stages.$(1) --config configs/$(PRESET)/$(1).yaml --run_dir $(RUN) --seed $(SEED) $(if $(text_for),--dataset '$(TEXT)') $$(if $$(filter $(1),$$(NAMED)),$$(ARGS))
+	@test -e $$@ || { echo 'error: stages.$(1) ended without $$@: does its file call run() and stage.finish()?' >&2; exit 2; }
 endef
 rule = $(if $(filter $(1),$(STAGES)),$(eval $(stage)))
 $(call rule,tokenizer,)

@@ -157,7 +157,9 @@ def combined(rewards: RewardFunction | Sequence[RewardFunction]) -> RewardFuncti
     """One reward, or several added up, with every value checked."""
     if isinstance(rewards, WeightedRewards):
         return rewards
-    functions = [rewards] if callable(rewards) else list(rewards)
+    functions: list[Any] = [rewards] if callable(rewards) or not isinstance(rewards, list | tuple) else list(rewards)
+    if any(isinstance(f, type) or not callable(f) for f in functions):
+        raise UserError("rewards: pass a function or reward model, or a list of them; load_rewards opens them by name")
     if not functions:
         raise UserError("no reward is given; pass at least one function or reward model")
     return WeightedRewards([(name_of(f), f, 1.0) for f in functions])

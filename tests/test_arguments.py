@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.chain import CHAIN
 from pipeline.errors import UserError
 from pipeline.runtime import arguments as A
 from pipeline.runtime.arguments import PretrainArguments, SFTArguments
@@ -13,16 +14,8 @@ from pipeline.runtime.command_line import parse, resolve
 from pipeline.runtime.ppo_arguments import PPOArguments
 
 ROOT = Path(__file__).parent.parent
-STAGE_ARGUMENTS = {
-    "tokenizer": A.TokenizerArguments,
-    "pretrain": A.PretrainArguments,
-    "sft": A.SFTArguments,
-    "preferences": A.PreferencesArguments,
-    "reward": A.RewardArguments,
-    "ppo": PPOArguments,
-    "evaluate": A.EvaluateArguments,
-    "report": A.ReportArguments,
-}
+KINDS = {kind.__name__.lower(): kind for kind in [*vars(A).values(), PPOArguments] if isinstance(kind, type)}
+STAGE_ARGUMENTS = {stage.name: KINDS[f"{stage.name}arguments"] for stage in CHAIN}
 
 
 def config(tmp_path: Path, text: str) -> str:

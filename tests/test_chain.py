@@ -22,7 +22,7 @@ from pipeline.model.load import load_policy, load_reward
 from pipeline.runtime import arguments
 from pipeline.runtime.ppo_arguments import PPOArguments
 
-STAGES = ["tokenizer", "pretrain", "sft", "preferences", "reward", "ppo", "evaluate", "report"]
+STAGES = [stage.name for stage in CHAIN]
 TRAINED = ["pretrain", "sft", "reward", "ppo"]
 
 

@@ -1,5 +1,7 @@
 """The sampler's seam: anything with `sync` and `generate` answers, and what it says is what PPO learns from."""
 
+import dataclasses
+
 import pytest
 import torch
 from ppo_tools import critic, end_alike, policy, prompts, rolled, trainer, weights
@@ -84,12 +86,36 @@ def test_what_a_sampler_leaves_out_is_said(tmp_path):
     made = trainer(tmp_path, sampler=Silent(), total_episodes=8)
     made.train()
     assert "val/sampler_gap" not in made.rows[0]
-    with pytest.raises(UserError, match="sampler_weight_cap is set, but the sampler gives no logprobs"):
+    with pytest.raises(UserError, match="sampler_weight_cap is set, but the sampler Silent gives no logprobs"):
         trainer(tmp_path, sampler=Silent(), sampler_weight_cap=2.0).train()
     wide = Silent()
     wide.width = 9
-    with pytest.raises(UserError, match=r"logprobs have the shape \(8, 9\); needed is .* \(8, 2\)"):
+    with pytest.raises(UserError, match=r"Silent: logprobs must be finite numbers of the shape \(8, 2\)"):
         trainer(tmp_path, sampler=wide).train()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"ended": torch.ones(8, dtype=torch.long)}, "ended must be a tensor of truth values"),
+        ({"response_lengths": torch.full((8,), 9)}, "row 0: sequences must hold the prompt"),
+        ({"sequences": torch.zeros(8, 20, dtype=torch.long)}, "row 0: sequences must hold the prompt"),
+        ({"sequences": torch.zeros(7, 20, dtype=torch.long)}, "one answer to each of the 8 prompts"),
+        ({"logprobs": torch.full((8, 2), float("nan"))}, "logprobs must be finite"),
+    ],
+)
+def test_samples_that_make_no_sense_are_refused(tmp_path, change, sentence):
+    sampler = Fixed()
+    generate = sampler.generate
+    sampler.generate = lambda prompts, **options: dataclasses.replace(generate(prompts, **options), **change)
+    with pytest.raises(UserError, match=sentence):
+        trainer(tmp_path, sampler=sampler).train()
+
+
+@pytest.mark.parametrize("sampler", [Fixed, len, "vllm"])
+def test_a_sampler_is_an_object_with_two_methods(tmp_path, sampler):
+    with pytest.raises(UserError, match="sampler: pass an object with the methods sync"):
+        trainer(tmp_path, sampler=sampler)
 
 
 def test_a_lora_reference_is_not_for_a_sampler_of_ones_own(tmp_path):

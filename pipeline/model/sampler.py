@@ -27,9 +27,9 @@ LOOK = 16  # steps on CUDA from one look at which rows have ended to the next: e
 
 @dataclass
 class Samples:
-    """Prompts and their sampled responses. N rows, P the longest prompt, R the longest response.
+    """Prompts and their sampled responses. N rows, R tokens in the longest response, T in the longest row.
 
-    sequences (N, P + R) long: row i is prompt_i, then response_i, then padding, all on the right.
+    sequences (N, T) long: row i is prompt_i, then response_i, then padding on the right.
     prompt_lengths, response_lengths (N,) long; a response's length counts its end token.
     ended (N,) bool: an end token was sampled; False means cut at max_new_tokens.
     logprobs (N, R) fp32: log-probability of each response token after temperature and before top-k, top-p and min-p

@@ -163,15 +163,9 @@ def check_config(args: PPOConfig, processes: int) -> None:
 
 
 def _check_rloo(args: PPOConfig) -> None:
-    """RLOO compares the answers to one prompt, and has no critic that an option could be about."""
+    """RLOO compares the answers to one prompt, each as a whole."""
     if args.num_generations < 2:
         raise UserError("advantage_estimator rloo compares answers to one prompt; set num_generations to 2 or more")
-    for name, without in (
-        ("share_trunk", False),
-        ("critic_learning_rate", None),
-        ("critic_warmup_updates", 0),
-        ("gamma", 1.0),
-        ("whiten_rewards", False),
-    ):
+    for name, without in (("gamma", 1.0), ("whiten_rewards", False)):
         if getattr(args, name) != without:
             raise UserError(f"{name} has no meaning with advantage_estimator rloo; leave it out, or take gae")

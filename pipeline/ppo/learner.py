@@ -75,6 +75,12 @@ class Learner:
         kl = A.kl_k1(rollout.logprobs, rollout.ref_logprobs)
         rewards = A.place_rewards(rollout.scores, kl, rollout.response_lengths, kl_coef)
         ESTIMATORS[args.advantage_estimator].estimate(rollout, rewards, args, self.reduce)
+        for name in ("advantages", "returns")[: 1 if self.models.critic is None else 2]:
+            if getattr(getattr(rollout, name, None), "shape", None) != rewards.shape:
+                raise UserError(
+                    f"advantage_estimator {args.advantage_estimator} must set rollout.{name}, a tensor of the shape "
+                    f"{tuple(rewards.shape)} (answers, tokens)"
+                )
         if args.sampler_weight_cap is not None and rollout.sampler_logprobs is not None:
             rollout.weights = A.importance_weights(rollout.logprobs, rollout.sampler_logprobs, args.sampler_weight_cap)
         metrics = rollout_metrics(rollout, kl, kl_coef, self.reduce) | times

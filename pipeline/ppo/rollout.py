@@ -276,24 +276,29 @@ class Answerer:
                 pad_token_id=self.pad_token,
                 generator=random,
             )
-        self._check(samples, len(batch.ids))
+        self._check(samples, batch.ids)
         texts = answer_texts(self.processing_class, samples.answers())
         return samples, [answer_to(prompt, text) for prompt, text in zip(batch.prompts, texts, strict=True)]
 
-    def _check(self, samples: Samples, rows: int) -> None:
-        """Raise UserError for what a sampler of the user's own must not return."""
-        if len(samples.sequences) != rows:
-            raise UserError(
-                f"the sampler returned {len(samples.sequences)} answers to {rows} prompts; one each is needed"
-            )
-        if samples.logprobs is None:
-            if self.args.sampler_weight_cap is not None:
-                raise UserError("sampler_weight_cap is set, but the sampler gives no logprobs; set it to none")
-        elif samples.logprobs.shape != (rows, int(samples.response_lengths.max())):
-            raise UserError(
-                f"the sampler's logprobs have the shape {tuple(samples.logprobs.shape)}; needed is (answers, longest "
-                f"response), {(rows, int(samples.response_lengths.max()))}"
-            )
+    def _check(self, samples: Any, prompts: list[list[int]]) -> None:
+        """Raise UserError for what a sampler must not return."""
+        name = f"the sampler {type(self.sampler).__name__}"
+        if not isinstance(samples, Samples) or len(samples.sequences) != len(prompts):
+            raise UserError(f"{name} must return Samples with one answer to each of the {len(prompts)} prompts")
+        lengths, longest = samples.response_lengths.tolist(), self.args.response_length
+        for i, (prompt, row, length) in enumerate(zip(prompts, samples.sequences.tolist(), lengths, strict=True)):
+            if row[: len(prompt)] != prompt or not 1 <= length <= longest or len(prompt) + length > len(row):
+                raise UserError(
+                    f"{name}, row {i}: sequences must hold the prompt, then an answer of 1 to {longest} tokens "
+                    "(response_lengths counts the end token), then padding"
+                )
+        if samples.ended.dtype != torch.bool:
+            raise UserError(f"{name}: ended must be a tensor of truth values, not {samples.ended.dtype}")
+        logprobs, shape = samples.logprobs, (len(prompts), max(lengths))
+        if logprobs is None and self.args.sampler_weight_cap is not None:
+            raise UserError(f"sampler_weight_cap is set, but {name} gives no logprobs; set it to none")
+        if logprobs is not None and (logprobs.shape != shape or not logprobs.isfinite().all()):
+            raise UserError(f"{name}: logprobs must be finite numbers of the shape {shape} (answers, longest answer)")
 
 
 class PretrainingText:

@@ -98,6 +98,9 @@ class PPOTrainer:
         self.prompts = self._prompts(train_dataset, "train_dataset")
         self.rewards = combined(rewards)
         self.answerer = Answerer(sampler or OwnSampler(), processing_class, end_tokens, args, accelerator)
+        methods = [getattr(sampler, name, None) for name in ("sync", "generate")]
+        if sampler is not None and (isinstance(sampler, type) or not all(map(callable, methods))):
+            raise UserError("sampler: pass an object with the methods sync(policy) and generate(prompts, **options)")
         if sampler is not None and eval_dataset is not None and is_lora(policy) and reference in (None, policy):
             raise UserError(
                 "a sampler of your own cannot answer as a LoRA policy without its adapter, which the win rate compares "

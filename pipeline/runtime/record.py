@@ -50,6 +50,8 @@ class Stage:
     """
 
     def __init__(self, args: StageArguments, name: str, inputs: Mapping[str, str | None]) -> None:
+        if Path(args.output_dir).name == "stage":
+            raise UserError(f"{name}: its arguments need an output_dir of their own, such as '{{run_dir}}/{name}'")
         self.args, self.name, self.output_dir = args, name, Path(args.output_dir)
         self.is_main = int(os.environ.get("RANK", "0")) == 0
         self.started, self.clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
