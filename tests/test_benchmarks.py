@@ -74,6 +74,7 @@ def test_one_table_of_all(capsys):
     assert all(part in shown for part in ("wide", "narrow", "1.23", "1.10", "one trunk", "3.21", "1.18"))
 
 
+@pytest.mark.slow
 def test_flat_reports_every_tenth(capsys):
     line = ppo.main(["--flat", "--updates", "3"])
     assert line["updates"] == len(line["seconds"]) == len(line["memory_mb"]) == 3

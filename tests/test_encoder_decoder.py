@@ -149,6 +149,7 @@ def copy_loss(see_the_source: bool, steps: int = 400) -> float:
     return loss.item()
 
 
+@pytest.mark.slow
 def test_copying_is_learned_through_cross_attention_and_not_without_it():
     assert copy_loss(see_the_source=True) < 0.2  # a token that comes twice in the source is hard to place
     assert copy_loss(see_the_source=False) > 2.3

@@ -38,6 +38,7 @@ def test_recomputed_blocks_change_no_weight(tmp_path, name, lora):
     assert end_alike(*made)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_with_lora_ends_with_the_same_weights(tmp_path):
     whole = train(tmp_path / "a", "llama", lora=True, total_episodes=32)
     cut = trainer(tmp_path / "b", models=build("llama", lora=True), save_steps=2)

@@ -86,6 +86,7 @@ def test_a_stream_shuffles_within_its_buffer() -> None:
     assert all(int(text) <= place + 50 for place, text in enumerate(mixed)), "nothing comes before it was read"
 
 
+@pytest.mark.slow
 def test_every_kind_of_source_streams(tmp_path: Path) -> None:
     rows = [{"text": f'story {i}, "q"\nü'} for i in range(200)]
     (tmp_path / "hub" / "data").mkdir(parents=True)
