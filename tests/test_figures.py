@@ -63,7 +63,7 @@ def test_scores_that_do_not_pair_are_a_user_error(run: Path) -> None:
     ("figures", "fails"),
     [
         ({}, None),
-        ({"gold": 0.779}, "policies.ppo.gold at least 0.78"),
+        ({"gold": 0.739}, "policies.ppo.gold at least 0.74"),
         ({"kl": 8.01}, "policies.ppo.kl at most 8"),
         ({"distinct_2": 0.41}, "policies.ppo.distinct_2 at least 0.42"),
         ({"length": 1.21 * POLICIES["sft"]["length"]}, "policies.ppo.length within 20% of policies.sft.length"),
