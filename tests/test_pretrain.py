@@ -312,7 +312,16 @@ class Poisoned(GPTForCausalLM):
         return out
 
 
-@pytest.mark.parametrize(("how", "at_once"), [("loss", True), ("gradient", True), ("loss", False), ("gradient", False)])
+@pytest.mark.parametrize(
+    ("how", "at_once"),
+    [
+        ("loss", True),
+        *(
+            pytest.param(h, a, marks=pytest.mark.slow)
+            for h, a in (("gradient", True), ("loss", False), ("gradient", False))
+        ),
+    ],
+)
 def test_nan_stops_at_its_step_and_names_the_batch(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, how: str, at_once: bool
 ) -> None:
