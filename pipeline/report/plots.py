@@ -221,6 +221,7 @@ def _gold_by_policy(run: Run) -> Plot | None:
     values = axes.secondary_yaxis("right")
     values.set_yticks(range(len(rows)), [f"{p['gold']:.2f}" for _, p in rows], fontsize=10, fontweight="bold")
     values.tick_params(labelcolor=PALETTE["ink"])
+    values.spines["right"].set_visible(False)
     axes.grid(axis="x", color=PALETTE["grid"])
     unit = "mean score of the judge, 95% interval"
     return _finished(figure, "gold", "evaluate", "Gold on held-out prompts", unit)
