@@ -80,9 +80,10 @@ def gpt2() -> GPT2LMHeadModel:
         bos_token_id=None,
         eos_token_id=None,
         use_cache=False,
-        loss_type="ForCausalLM",
     )
-    return GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # transformers finds none for this class, and warns
+    return model
 
 
 def encoder_decoder() -> EncoderDecoder:

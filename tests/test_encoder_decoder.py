@@ -130,7 +130,10 @@ def test_one_table_embeds_and_is_the_head_and_a_folder_opens_again(tmp_path):
 
 
 def copy_loss(see_the_source: bool, steps: int = 400) -> float:
-    """Mean nats at the end of learning to copy 6 random tokens of 12 from the encoder, log 12 = 2.5 without it."""
+    """Mean nats at the end of learning to copy 6 of 12 tokens, none twice, from the encoder.
+
+    Without the encoder the best is the mean of log 12, log 11, …, log 7: 2.23.
+    """
     torch.manual_seed(0)
     config = small_config(vocab_size=14, num_hidden_layers=1, num_key_value_heads=4, initializer_range=0.05)
     ours = EncoderDecoder(config)
@@ -140,7 +143,7 @@ def copy_loss(see_the_source: bool, steps: int = 400) -> float:
     optimizer = torch.optim.Adam(ours.parameters(), lr=5e-3)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / steps)
-        source = torch.randint(2, 14, (32, 6))
+        source = torch.rand(32, 12).argsort(-1)[:, :6] + 2
         target = F.pad(source, (1, 0), value=1)
         loss = ours(source, torch.ones_like(source), target, target).loss
         optimizer.zero_grad()
@@ -151,8 +154,8 @@ def copy_loss(see_the_source: bool, steps: int = 400) -> float:
 
 @pytest.mark.slow
 def test_copying_is_learned_through_cross_attention_and_not_without_it():
-    assert copy_loss(see_the_source=True) < 0.2  # a token that comes twice in the source is hard to place
-    assert copy_loss(see_the_source=False) > 2.3
+    assert copy_loss(see_the_source=True) < 0.1
+    assert copy_loss(see_the_source=False) > 2.1
 
 
 def test_a_gpt_of_the_same_blocks_is_the_decoder_without_cross_attention():
