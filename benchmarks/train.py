@@ -39,10 +39,10 @@ def contenders(config: Qwen3Config) -> dict[str, torch.nn.Module]:
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         use_cache=False,
-        loss_type="ForCausalLM",
     )
-    both = twins(config)
-    return {"ours": both["ours"], "qwen3": both["transformers"], "gpt2": GPT2LMHeadModel(gpt2)}
+    both, model = twins(config), GPT2LMHeadModel(gpt2)
+    model.loss_type = "ForCausalLM"  # transformers finds none for this class, and warns
+    return {"ours": both["ours"], "qwen3": both["transformers"], "gpt2": model}
 
 
 def training_step(model: torch.nn.Module, ids: torch.Tensor, mode: str) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""The library under the stages: importing it runs nothing."""
+"""The library under the stages. Importing it starts nothing; it only switches the hub's telemetry off."""
 
 import os
 

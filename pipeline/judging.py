@@ -146,7 +146,7 @@ def sequence_kl(policy: Policy, reference: Policy, answers: Answers, temperature
     return (own - theirs).mean().item()
 
 
-def bits_per_byte(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> float | None:
+def text_bits_per_byte(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> float | None:
     """Bits that `model` needs for a byte of UTF-8 of `texts`, each read as a document of its own; None without text."""
     texts = [text for text in texts if text]
     if not texts:

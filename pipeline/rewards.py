@@ -141,16 +141,27 @@ def checked(
         row = _first_failing_row(function, prompts, completions, columns)
         where = "the whole batch, no single row alone" if row is None else _row(row, prompts, completions)
         raise UserError(f"reward {name} raised {type(error).__name__}: {error}, on {where}; mend the reward") from error
-    try:
-        values = [float(value) for value in values]
-    except (TypeError, ValueError):
-        raise UserError(f"reward {name} returned {_short(values)} instead of a list of numbers") from None
+    # A dictionary would be scored by its keys, a text by its letters
+    if isinstance(values, dict | str | bytes) or not hasattr(values, "__iter__"):
+        raise UserError(f"reward {name} returned {_short(values)} instead of a list of numbers; return one a row")
+    values = list(values)
     if len(values) != len(prompts):
         raise UserError(f"reward {name} returned {len(values)} values for {len(prompts)} rows; return one a row")
-    for i, value in enumerate(values):
-        if not math.isfinite(value):
-            raise UserError(f"reward {name} returned {value} on {_row(i, prompts, completions)}; it must be finite")
-    return values
+    return [_number(value, i, name, prompts, completions) for i, value in enumerate(values)]
+
+
+def _number(value: Any, i: int, name: str, prompts: list[Any], completions: list[Any]) -> float:
+    """A reward's value for row `i` as a finite number."""
+    where = f"on {_row(i, prompts, completions)}"
+    try:
+        number = float(value) if not isinstance(value, str) else None
+    except (TypeError, ValueError):
+        number = None
+    if number is None:
+        raise UserError(f"reward {name} returned {_short(value)} instead of a number {where}")
+    if not math.isfinite(number):
+        raise UserError(f"reward {name} returned {number} {where}; it must be finite")
+    return number
 
 
 def combined(rewards: RewardFunction | Sequence[RewardFunction]) -> RewardFunction:
@@ -221,7 +232,8 @@ def load_function(name: str) -> RewardFunction:
     try:
         reward = getattr(importlib.import_module(module), function, None)
     except ImportError as error:
-        raise UserError(f"reward {name}: importing {module} failed ({error}); check the spelling") from error
+        hint = f"write {module[:-3]}:{function}, without .py" if module.endswith(".py") else "check the spelling"
+        raise UserError(f"reward {name}: importing {module} failed ({error}); {hint}") from error
     except (Exception, SystemExit) as error:  # any at all: the module is the user's
         raise UserError(f"reward {name}: importing {module} failed ({type(error).__name__}: {error})") from error
     if not callable(reward):

@@ -72,7 +72,7 @@ def judge_policies(
 ) -> dict[str, judging.Verdict]:
     """Verdicts of pretrain, sft, best_of_<n> and ppo, in this order; `advance` is told how many answers are done."""
     sft, pretrained = policies["sft"], policies["pretrain"]
-    fluency = partial(judging.bits_per_byte, pretrained.model, pretrained.tokenizer)
+    fluency = partial(judging.text_bits_per_byte, pretrained.model, pretrained.tokenizer)
     n, verdicts = args.best_of, {}
     for number, name in enumerate(("pretrain", "sft", f"best_of_{n}", "ppo")):
         policy = policies.get(name, sft)

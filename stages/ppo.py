@@ -9,7 +9,7 @@ from pipeline.errors import UserError
 from pipeline.model.load import fit_embeddings, load_critic, load_policy
 from pipeline.model.lora import add_lora
 from pipeline.ppo import PPOTrainer
-from pipeline.ppo.advantages import ESTIMATORS
+from pipeline.ppo.advantages import ESTIMATORS, check_estimator
 from pipeline.ppo.config import check_config
 from pipeline.rewards import load_function, load_rewards, reward_names
 from pipeline.runtime.console import run
@@ -39,6 +39,7 @@ def main(args: PPOArguments) -> None:
     stage = Stage(args, "ppo", inputs | {"dataset": args.dataset, "ptx_dataset": args.ptx_dataset})
     stage.shown = tuple(SHOWN.split())
     check_config(args, stage.accelerator.num_processes)  # before the models are opened
+    check_estimator(args)
     tokenizer = load_tokenizer(args.model_name_or_path)
     policy, critic = load_models(args, tokenizer)
     trainer = PPOTrainer(

@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from pipeline.model.gpt import GPTForCausalLM, GPTForSequenceClassification
 from pipeline.ppo import PPOConfig, PPOTrainer
+from pipeline.ppo.advantages import ESTIMATORS
 from pipeline.ppo.recorder import Prints
 
 TEMPLATE = (
@@ -80,13 +81,10 @@ def settings(tmp_path, **changes):
         "per_device_train_batch_size": 2,
         "response_length": 6,
         "learning_rate": 1e-3,
-        "critic_learning_rate": 1e-3,
-        "critic_warmup_updates": 0,
-        "lam_value": 1.0,
         "save_steps": 0,
     }
-    if changes.get("advantage_estimator") == "rloo":
-        values["critic_learning_rate"] = None
+    if ESTIMATORS[changes.get("advantage_estimator", "gae")].needs_critic:
+        values |= {"critic_learning_rate": 1e-3, "lam_value": 1.0}
     return PPOConfig(**values | changes)
 
 
@@ -118,7 +116,7 @@ def trainer(
 ):
     """A PPOTrainer of tiny parts that keeps its log in `trainer.rows`."""
     args = settings(tmp_path, **changes)
-    alone = args.share_trunk or args.advantage_estimator == "rloo"
+    alone = args.share_trunk or not ESTIMATORS[args.advantage_estimator].needs_critic
     actor, judge = models or (policy(), None if alone else critic())
     recorder = Rows(args)
     made = PPOTrainer(

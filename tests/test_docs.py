@@ -20,8 +20,6 @@ from pipeline.runtime.ppo_arguments import PPOArguments
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "reward_data/README.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
-# Made on other branches: to be emptied when all of them are here.
-COMING_FILES: set[str] = set()
 # Options of other programs than the stages and the benchmarks.
 FOREIGN = {"config", "config_file", "help"}
 KINDS = [kind for name, kind in vars(arguments).items() if name.endswith("Arguments")] + [PPOArguments]
@@ -71,8 +69,6 @@ def test_links_lead_somewhere(page: Path) -> None:
         if path.startswith("http"):
             continue
         file = (page.parent / path).resolve() if path else page
-        if str(file.relative_to(ROOT)) in COMING_FILES:
-            continue
         assert file.exists(), f"{page.name}: {target}"
         assert not anchor or anchor in anchors(file), f"{page.name}: {target}"
 
@@ -81,7 +77,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_named_files_exist(page: Path) -> None:
     folders = "benchmarks|configs|docs|examples|pipeline|reward_data|stages|tests"
     for path in re.findall(rf"(?<![\w./-])(?:{folders})/[\w./-]+\.(?:ya?ml|py|md|json|png)", page.read_text("utf-8")):
-        assert path in COMING_FILES or (ROOT / path).exists(), f"{page.name}: {path}"
+        assert (ROOT / path).exists(), f"{page.name}: {path}"
 
 
 @every_page

@@ -17,12 +17,12 @@ from pipeline.judging import (
     answer,
     best_of,
     best_of_n_kl,
-    bits_per_byte,
     bootstrap_interval,
     distinct_n,
     samples_of,
     sequence_kl,
     sequence_logprobs,
+    text_bits_per_byte,
     verdict_of,
     win_rate,
 )
@@ -186,8 +186,10 @@ def test_bits_per_byte_of_a_uniform_model(pretrained: Policy) -> None:
     texts = ["Ben found a kite.", "", "naïve 🙂"]
     tokens = sum(len(ids) for ids in pretrained.tokenizer(texts)["input_ids"])
     size = sum(len(text.encode()) for text in texts)
-    assert bits_per_byte(model, pretrained.tokenizer, texts) == pytest.approx(tokens * math.log2(300) / size, rel=1e-5)
-    assert bits_per_byte(model, pretrained.tokenizer, ["", ""]) is None
+    assert text_bits_per_byte(model, pretrained.tokenizer, texts) == pytest.approx(
+        tokens * math.log2(300) / size, rel=1e-5
+    )
+    assert text_bits_per_byte(model, pretrained.tokenizer, ["", ""]) is None
 
 
 # ---- answers and verdicts -------------------------------------------------------------------------------------------

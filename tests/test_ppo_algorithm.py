@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pipeline.model import logprobs
 from pipeline.model.logprobs import logprobs_from_hidden
 from pipeline.ppo import algorithm as A
 
@@ -178,13 +179,14 @@ def test_response_positions_end_before_the_last_token():
 
 
 @pytest.mark.parametrize("chunk_elements", [1, 7 * 5, 10**6])
-def test_chunked_logprobs_equal_plain_ones_with_gradients(chunk_elements):
+def test_chunked_logprobs_equal_plain_ones_with_gradients(chunk_elements, monkeypatch):
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk_elements)
     torch.manual_seed(0)
     head, targets, weights = torch.nn.Linear(4, 7), torch.randint(7, (23,)), torch.randn(23)
     hidden = torch.randn(23, 4, requires_grad=True)
     rows = []
     head.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
-    found, entropy = logprobs_from_hidden(hidden, targets, head, 7, 0.7, True, chunk_elements)
+    found, entropy = logprobs_from_hidden(hidden, targets, head, 7, 0.7, True)
     gradients = torch.autograd.grad((found * weights).sum(), [hidden, *head.parameters()])
     assert max(rows) <= max(1, chunk_elements // 7)
     distribution = torch.distributions.Categorical(logits=F.linear(hidden, head.weight, head.bias) / 0.7)

@@ -30,7 +30,8 @@ def test_figures_by_hand(tmp_path):
     batch = made.evaluator.prompts.take(range(6))
     texts = {}
     for name, model in (("policy", made.models.policy), ("reference", made.models.reference)):
-        samples, texts[name] = made.answerer.answer(model, batch, seeded(0, 4, 0, 0))
+        made.answerer.sync(model)
+        samples, texts[name] = made.answerer.answer(batch, seeded(0, 4, 0, 0))
         if name == "policy":
             ours = samples
     kl = 0.0

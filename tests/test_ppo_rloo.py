@@ -104,7 +104,12 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path):
         ({"share_trunk": True}, "share_trunk has no meaning with advantage_estimator rloo"),
         ({"critic_warmup_updates": 1}, "critic_warmup_updates has no meaning"),
         ({"critic_learning_rate": 1e-3}, "critic_learning_rate has no meaning"),
+        ({"vf_coef": 0.5}, "vf_coef has no meaning"),
+        ({"cliprange_value": None}, "cliprange_value has no meaning"),
         ({"gamma": 0.9}, "gamma has no meaning"),
+        ({"lam": 0.9}, "lam has no meaning"),
+        ({"lam_value": 1.0}, "lam_value has no meaning"),
+        ({"whiten_rewards": True}, "whiten_rewards has no meaning"),
         ({"advantage_estimator": "grpo"}, "advantage_estimator: 'grpo' is none of 'gae', 'rloo'"),
     ],
 )

@@ -71,6 +71,15 @@ def test_the_evaluation_asks_it_too_and_the_reference_once(tmp_path):
     assert made.rows[0]["eval/length"] == 2.0 and made.rows[0]["eval/win_rate"] == 0.5
 
 
+def test_it_is_synced_once_for_all_batches_of_an_evaluation(tmp_path):
+    """A separate engine copies all weights at a sync: 20 held-out prompts are three batches of 8, but one sync."""
+    sampler = Fixed()
+    made = trainer(tmp_path, sampler=sampler, total_episodes=8, eval_steps=1, eval_rows=prompts(20))
+    made.evaluate()
+    assert [size for size, *_ in sampler.asked] == [8, 8, 4] * 2  # the policy's answers, then the reference's
+    assert len(sampler.synced) == 2
+
+
 class Silent(Fixed):
     """One that does not know its log-probabilities, or knows too many."""
 
@@ -122,6 +131,7 @@ def test_a_lora_reference_is_not_for_a_sampler_of_ones_own(tmp_path):
     models = add_lora(policy(), r=2), critic()
     with pytest.raises(UserError, match="cannot answer as a LoRA policy without its adapter"):
         trainer(tmp_path, sampler=Fixed(), models=models, eval_rows=prompts(3))
+    trainer(tmp_path, sampler=OwnSampler(), models=models, eval_rows=prompts(3)).evaluate()
 
 
 def test_our_own_is_the_default(tmp_path):

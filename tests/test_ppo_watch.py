@@ -29,8 +29,8 @@ def test_a_healthy_run_has_no_warning(tmp_path):
 def test_negative_kl(tmp_path, capsys):
     """Answers that are samples of the reference, not of the policy: E[log π − log π_ref] is −KL(π_ref‖π)."""
     made = trainer(tmp_path, reference=policy(seed=5), batch_size=32, total_episodes=64, learning_rate=1e-6)
-    answer = made.answerer.answer
-    made.answerer.answer = lambda model, batch, random: answer(made.models.reference, batch, random)
+    sync = made.answerer.sync
+    made.answerer.sync = lambda model: sync(made.models.reference)
     made.train()
     assert made.rows[0]["objective/kl"] < 0
     (sentences,) = warnings_of(made)  # said once, though both updates have it

@@ -185,7 +185,12 @@ def raises_on_batches(prompts, completions, **columns):
         (lambda p, c, **k: [0.0, 1.0, float("inf")], "returned inf on row 2"),
         (lambda p, c, **k: [0.0, 1.0], "returned 2 values for 3 rows"),
         (lambda p, c, **k: None, "returned 'None' instead of a list of numbers"),
-        (lambda p, c, **k: ["good", "bad", "good"], "instead of a list of numbers"),
+        (lambda p, c, **k: 1.0, "returned '1.0' instead of a list of numbers"),
+        (lambda p, c, **k: "123", "returned '123' instead of a list of numbers"),
+        (lambda p, c, **k: {0: 1.0, 1: 2.0, 2: 3.0}, "instead of a list of numbers"),
+        (lambda p, c, **k: [0.0, "1", 2.0], r"returned '1' instead of a number on row 1 \('t10', the answer to 't8'\)"),
+        (lambda p, c, **k: [0.0, 1.0, None], "returned 'None' instead of a number on row 2"),
+        (lambda p, c, **k: [[0.0], [1.0], [2.0]], "instead of a number on row 0"),
     ],
 )
 def test_a_reward_that_fails_is_named_with_its_row(function, sentence):

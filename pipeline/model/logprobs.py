@@ -18,12 +18,11 @@ def logprobs_from_hidden(
     vocab_size: int,
     temperature: float = 1.0,
     entropy: bool = False,
-    chunk_elements: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """log softmax(head(hidden) / temperature)[targets], and the entropy of that distribution where asked for.
 
-    `hidden` (N, D), `targets` (N,) long → (N,) float32 each, both with their gradients. About `chunk_elements`
-    logits (None: CHUNK_ELEMENTS) exist at a time: of several chunks each one is computed again in the backward pass.
+    `hidden` (N, D), `targets` (N,) long → (N,) float32 each, both with their gradients. About CHUNK_ELEMENTS
+    logits exist at a time: of several chunks each one is computed again in the backward pass.
     """
 
     def chunk(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -36,7 +35,7 @@ def logprobs_from_hidden(
         everything = logits.log_softmax(-1)
         return logprobs, -(everything.exp() * everything).sum(-1)
 
-    rows = max(1, (chunk_elements or CHUNK_ELEMENTS) // vocab_size)
+    rows = max(1, CHUNK_ELEMENTS // vocab_size)
     if len(targets) <= rows:
         return chunk(hidden, targets)
     parts = [

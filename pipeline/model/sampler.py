@@ -132,7 +132,8 @@ class Sampler(Protocol):
     """What answers prompts during PPO: this module's OwnSampler, or an engine of the user's own."""
 
     def sync(self, policy: nn.Module) -> None:
-        """Take over the present weights of `policy`; called before each `generate`."""
+        """Take over the present weights of `policy`; called before each round of `generate`: an update's answers, or
+        those to all held-out prompts, policy's and reference's apart."""
 
     def generate(
         self,

@@ -1,6 +1,7 @@
 """Advantage estimators: from the rewards of answers to what each of their tokens is worth more than expected.
 
-Another one is a function like these and an entry in ESTIMATORS; `PPOConfig.advantage_estimator` names it.
+Another one is a function like these and an entry in ESTIMATORS; `PPOConfig.advantage_estimator` names it. What differs
+between estimators is said in that entry alone: no other file asks for one by name.
 """
 
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pipeline.errors import UserError
 from pipeline.ppo import algorithm as A
 from pipeline.ppo.algorithm import Reduce
 from pipeline.ppo.config import PPOConfig
@@ -17,11 +19,17 @@ from pipeline.ppo.rollout import Rollout
 @dataclass(frozen=True)
 class Estimator:
     """`estimate(rollout, rewards, args, reduce)` fills `rollout.advantages` (B, R), and `rollout.returns` (B, R), the
-    critic's targets, where it needs a critic. `rewards` (B, R) are those of each token, the KL penalty included. For an
-    estimator that needs no critic none exists: not in memory, not in a checkpoint, not in a saved folder."""
+    critic's targets, where it needs a critic. `rewards` (B, R) are those of each token, the KL penalty included.
+
+    needs_critic  if not, none exists: not in memory, not in a checkpoint, not in a saved folder
+    grouped       it compares the `num_generations` answers to one prompt, so there must be at least two
+    unused        options that it does not read, beside those of a critic that it does not need
+    """
 
     estimate: Callable[[Rollout, Tensor, PPOConfig, Reduce], None]
     needs_critic: bool
+    grouped: bool = False
+    unused: tuple[str, ...] = ()
 
 
 def estimate_gae(rollout: Rollout, rewards: Tensor, args: PPOConfig, reduce: Reduce) -> None:
@@ -42,4 +50,23 @@ def estimate_rloo(rollout: Rollout, rewards: Tensor, args: PPOConfig, reduce: Re
     rollout.advantages = advantages[:, None] * rollout.mask
 
 
-ESTIMATORS = {"gae": Estimator(estimate_gae, needs_critic=True), "rloo": Estimator(estimate_rloo, needs_critic=False)}
+ESTIMATORS = {
+    "gae": Estimator(estimate_gae, needs_critic=True),
+    "rloo": Estimator(
+        estimate_rloo, needs_critic=False, grouped=True, unused=("gamma", "lam", "lam_value", "whiten_rewards")
+    ),
+}
+CRITIC_OPTIONS = ("share_trunk", "critic_learning_rate", "critic_warmup_updates", "cliprange_value", "vf_coef")
+
+
+def check_estimator(args: PPOConfig) -> None:
+    """Raise UserError where the other options do not suit `args.advantage_estimator`."""
+    name = args.advantage_estimator
+    if name not in ESTIMATORS:
+        raise UserError(f"advantage_estimator {name} has no entry in ESTIMATORS of pipeline/ppo/advantages.py; add it")
+    estimator = ESTIMATORS[name]
+    if estimator.grouped and args.num_generations < 2:
+        raise UserError(f"advantage_estimator {name} compares answers to one prompt; set num_generations to 2 or more")
+    for option in estimator.unused + (() if estimator.needs_critic else CRITIC_OPTIONS):
+        if getattr(args, option) != getattr(PPOConfig, option):
+            raise UserError(f"{option} has no meaning with advantage_estimator {name}; leave it out, or take gae")

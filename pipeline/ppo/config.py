@@ -158,14 +158,3 @@ def check_config(args: PPOConfig, processes: int) -> None:
             f"critic_warmup_updates {args.critic_warmup_updates} leaves no update of {args.batch_size} episodes to the "
             f"policy out of {args.total_episodes}; lower it or raise total_episodes"
         )
-    if args.advantage_estimator == "rloo":
-        _check_rloo(args)
-
-
-def _check_rloo(args: PPOConfig) -> None:
-    """RLOO compares the answers to one prompt, each as a whole."""
-    if args.num_generations < 2:
-        raise UserError("advantage_estimator rloo compares answers to one prompt; set num_generations to 2 or more")
-    for name, without in (("gamma", 1.0), ("whiten_rewards", False)):
-        if getattr(args, name) != without:
-            raise UserError(f"{name} has no meaning with advantage_estimator rloo; leave it out, or take gae")

@@ -90,18 +90,17 @@ class Evaluator:
         learner, size = self.learner, self.learner.args.batch_size
         own = range(learner.rank, len(self.prompts), learner.world)
         answers: list[HeldOutAnswer] = []
+        self.answerer.sync(model)
         for start in range(0, len(own), size):
             random = seeded(learner.args.seed, HELD_OUT, start, learner.rank)
-            answers += self._batch(model, own[start : start + size], random, with_kl)
+            answers += self._batch(own[start : start + size], random, with_kl)
         if learner.world == 1:
             return answers
         return [HeldOutAnswer(**row) for row in gather_object([asdict(answer) for answer in answers])]
 
-    def _batch(
-        self, model: nn.Module, indices: Sequence[int], random: torch.Generator, with_kl: bool
-    ) -> list[HeldOutAnswer]:
+    def _batch(self, indices: Sequence[int], random: torch.Generator, with_kl: bool) -> list[HeldOutAnswer]:
         batch = self.prompts.take(indices)
-        samples, completions = self.answerer.answer(model, batch, random)
+        samples, completions = self.answerer.answer(batch, random)
         proxy = self.rewards(batch.prompts, completions, **batch.columns)
         gold: list[Any] = [None] * len(completions)
         if self.gold:

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import UserError
-from pipeline.model.sampler import Sampler, Samples
+from pipeline.model.sampler import OwnSampler, Sampler, Samples
 from pipeline.ppo.algorithm import length_mask, response_positions
 from pipeline.ppo.config import PPOConfig
 from pipeline.text.packing import document_end
@@ -263,11 +263,15 @@ class Answerer:
         pad = self.processing_class.pad_token_id
         return 0 if pad is None else pad
 
-    def answer(self, model: nn.Module, batch: PromptBatch, random: torch.Generator) -> tuple[Samples, list[Any]]:
-        """One answer of `model` to each prompt: token ids; and text, or one assistant message where the prompt is a
-        list of messages, without the end token."""
+    def sync(self, model: nn.Module) -> None:
+        """Answer as `model` from now on, with the weights that it has now."""
         with self.accelerator.autocast():
             self.sampler.sync(model)
+
+    def answer(self, batch: PromptBatch, random: torch.Generator) -> tuple[Samples, list[Any]]:
+        """One answer of the synced model to each prompt: token ids; and text, or one assistant message where the
+        prompt is a list of messages, without the end token."""
+        with self.accelerator.autocast():
             samples = self.sampler.generate(
                 batch.ids,
                 max_new_tokens=self.args.response_length,
@@ -299,6 +303,19 @@ class Answerer:
             raise UserError(f"sampler_weight_cap is set, but {name} gives no logprobs; set it to none")
         if logprobs is not None and (logprobs.shape != shape or not logprobs.isfinite().all()):
             raise UserError(f"{name}: logprobs must be finite numbers of the shape {shape} (answers, longest answer)")
+
+
+def check_sampler(sampler: Any, compares: bool) -> None:
+    """Raise UserError for what is no sampler, and for one that cannot do what a run asks of it: `compares` if the
+    answers of a LoRA policy without its adapter are wanted too."""
+    methods = [getattr(sampler, name, None) for name in ("sync", "generate")]
+    if isinstance(sampler, type) or not all(map(callable, methods)):
+        raise UserError("sampler: pass an object with the methods sync(policy) and generate(prompts, **options)")
+    if compares and not isinstance(sampler, OwnSampler):
+        raise UserError(
+            "a sampler of your own cannot answer as a LoRA policy without its adapter, which the win rate compares "
+            "with; pass a reference, or no eval_dataset"
+        )
 
 
 class PretrainingText:

@@ -25,6 +25,7 @@ from pipeline.model.hardware import keep_freed_memory
 from pipeline.model.lora import is_lora, save_whole
 from pipeline.model.sampler import OwnSampler, Sampler
 from pipeline.ppo import algorithm as A
+from pipeline.ppo.advantages import ESTIMATORS, check_estimator
 from pipeline.ppo.config import PPOConfig, check_config
 from pipeline.ppo.evaluation import Evaluator
 from pipeline.ppo.learner import Learner
@@ -39,6 +40,7 @@ from pipeline.ppo.rollout import (
     Prompts,
     Rollout,
     as_ids,
+    check_sampler,
     seeded,
 )
 from pipeline.ppo.state import RunState, identity_of, load_state, save_state
@@ -91,21 +93,16 @@ class PPOTrainer:
         self.recorder = recorder or Prints(args)
         accelerator = self.accelerator = self.recorder.accelerator
         check_config(args, accelerator.num_processes)
+        check_estimator(args)
         end_tokens, warning = end_tokens_of(policy, processing_class)
         if warning:
             self.recorder.say(f"warning: {warning}")
         self.context = check_models(policy, reference, critic, args, processing_class)
         self.prompts = self._prompts(train_dataset, "train_dataset")
         self.rewards = combined(rewards)
-        self.answerer = Answerer(sampler or OwnSampler(), processing_class, end_tokens, args, accelerator)
-        methods = [getattr(sampler, name, None) for name in ("sync", "generate")]
-        if sampler is not None and (isinstance(sampler, type) or not all(map(callable, methods))):
-            raise UserError("sampler: pass an object with the methods sync(policy) and generate(prompts, **options)")
-        if sampler is not None and eval_dataset is not None and is_lora(policy) and reference in (None, policy):
-            raise UserError(
-                "a sampler of your own cannot answer as a LoRA policy without its adapter, which the win rate compares "
-                "with; pass a reference, or no eval_dataset"
-            )
+        sampler = OwnSampler() if sampler is None else sampler
+        check_sampler(sampler, compares=eval_dataset is not None and is_lora(policy) and reference in (None, policy))
+        self.answerer = Answerer(sampler, processing_class, end_tokens, args, accelerator)
         ptx = self._pretraining_text(ptx_dataset) if args.ptx_coef else None
         held_out = self._held_out(eval_dataset, gold)
         if accelerator.device.type == "cpu":
@@ -159,7 +156,7 @@ class PPOTrainer:
             scores=[float(score) for score in scores],
             logprobs=None if logprobs is None else list(logprobs),
         )
-        group = args.num_generations if args.advantage_estimator == "rloo" else 1
+        group = args.num_generations if ESTIMATORS[args.advantage_estimator].grouped else 1
         rows.check(
             args.batch_size // self.accelerator.num_processes, group, self.context, embedding_count(self.models.policy)
         )
@@ -176,9 +173,8 @@ class PPOTrainer:
         count = args.batch_size // args.num_generations
         indices = self.prompts.order(update * count, count, args.seed)[rank :: self.accelerator.num_processes]
         batch = self.prompts.take([i for i in indices for _ in range(args.num_generations)])
-        samples, completions = self.answerer.answer(
-            self.models.policy, batch, seeded(args.seed, SAMPLING, update, rank)
-        )
+        self.answerer.sync(self.models.policy)
+        samples, completions = self.answerer.answer(batch, seeded(args.seed, SAMPLING, update, rank))
         sampled = clock()
         scores, metrics = self.shape_scores(self.score(batch, completions), samples.ended)
         return Rollout.of(samples, scores), metrics | {"time/sample": sampled - start, "time/score": clock() - sampled}

@@ -11,7 +11,7 @@ import difflib
 import io
 import sys
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
@@ -107,5 +107,8 @@ def _value(kind: type, where: str, name: str, words: list[str]) -> Any:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             return tyro.cli(expected, args=said)
     except SystemExit:
+        written = repr(" ".join(words))
+        if get_origin(expected) is Literal:
+            raise UserError(f"{where}: {name}: {written} is none of {', '.join(map(repr, taken))}") from None
         of_type = expected.__name__ if isinstance(expected, type) else str(expected).replace("typing.", "")
-        raise UserError(f"{where}: {name}: {' '.join(words)!r} is not of type {of_type}") from None
+        raise UserError(f"{where}: {name}: {written} is not of type {of_type}") from None
