@@ -135,7 +135,7 @@ def instructions(tokenizer: PreTrainedTokenizerFast, size: int, held_out_size: i
     end = tokenizer.convert_tokens_to_ids([END_OF_TURN])
 
     def pairs(split: str, size: int) -> tuple[list[Pair], int]:
-        rows = load_instructions("stories", split=split, size=size)
+        rows = load_instructions("stories", split=split, size=size).rows
         stories = [completion[0]["content"] for completion in rows["completion"]]
         ids = zip(prompt_ids(tokenizer, list(rows["prompt"])), tokenizer(stories)["input_ids"], strict=True)
         # A prompt ends with the mark of the assistant's turn, which the decoder begins with

@@ -150,7 +150,7 @@ def best_of_n(run: Path, options: argparse.Namespace) -> list[dict[str, float]]:
     record = options.output / "best-of-n" / f"{run.name}.json"
     if record.exists():
         return json.loads(record.read_text())
-    rows = data.load_prompts("stories", split="validation", seed=seed_of(run), size=options.prompts).to_dict()
+    rows = data.load_prompts("stories", split="validation", seed=seed_of(run), size=options.prompts).rows.to_dict()
     prompts, most = rows.pop("prompt"), max(BEST_OF)
     policy = Policy(load_policy(str(run / "sft")), load_tokenizer(str(run / "sft")))
     proxy, gold = RewardModel(str(run / "reward")), load_function("reward_data.stories:gold")

@@ -151,7 +151,7 @@ def _example(dataset: str | None, raw: bool) -> str | None:
         return None
     if raw:
         return " ".join(data.load_texts(dataset, split="validation", max_bytes=2000)[0].split()[:4])
-    return plain_text(data.load_prompts(dataset, split="test", size=1)[0]["prompt"])
+    return plain_text(data.load_prompts(dataset, split="test", size=1).rows[0]["prompt"])
 
 
 def talk(chat: Chat, source: TextIO, out: TextIO) -> None:

@@ -26,7 +26,7 @@ def main(args: EvaluateArguments) -> None:
     if not stage.is_main:  # a minute's work: one process does it
         return
     policies = load_policies(names, stage)
-    columns = data.load_prompts(args.dataset, split="test", seed=args.seed, size=args.num_prompts).to_dict()
+    columns = data.load_prompts(args.dataset, split="test", seed=args.seed, size=args.num_prompts).rows.to_dict()
     prompts = columns.pop("prompt")
     gold = partial(_judged, load_function(args.gold), f"gold {args.gold}", columns) if args.gold else None
     reward = RewardModel(args.reward_model, stage.device, args.mixed_precision, args.eval_batch_size)

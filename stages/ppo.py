@@ -52,11 +52,11 @@ def main(args: PPOArguments) -> None:
             uwo_coef=args.uwo_coef,
         ),
         args,
-        data.load_prompts(args.dataset, split="ppo", seed=args.seed, size=args.dataset_size),
+        data.load_prompts(args.dataset, split="ppo", seed=args.seed, size=args.dataset_size).rows,
         tokenizer,
         critic=critic,  # and no reference: the policy as it is now
         gold=load_function(args.gold) if args.gold else None,
-        eval_dataset=data.load_prompts(args.dataset, split="validation", seed=args.seed, size=args.eval_size),
+        eval_dataset=data.load_prompts(args.dataset, split="validation", seed=args.seed, size=args.eval_size).rows,
         ptx_dataset=pretraining_text(args),
         recorder=stage,
     )

@@ -44,8 +44,10 @@ def main(args: PreferencesArguments) -> None:
 def labelled_by_people(args: PreferencesArguments) -> dict[str, list[dict]]:
     """The data set's own pairs, as train and test."""
     return {
-        "train": data.load_preferences(args.dataset, split="train", seed=args.seed, size=args.dataset_size).to_list(),
-        "test": data.load_preferences(args.dataset, split="test", seed=args.seed, size=args.test_size).to_list(),
+        "train": data.load_preferences(
+            args.dataset, split="train", seed=args.seed, size=args.dataset_size
+        ).rows.to_list(),
+        "test": data.load_preferences(args.dataset, split="test", seed=args.seed, size=args.test_size).rows.to_list(),
     }
 
 
@@ -60,8 +62,8 @@ def sample_and_label(args: PreferencesArguments, stage: Stage) -> dict[str, list
     at_once = max(1, args.batch_size // n)  # prompts
     splits: dict[str, list[dict]] = {"train": [], "test": []}
     prompts = {
-        "train": data.load_prompts(args.dataset, split="preferences", seed=args.seed, size=args.dataset_size),
-        "test": data.load_prompts(args.dataset, split="validation", seed=args.seed, size=args.test_size),
+        "train": data.load_prompts(args.dataset, split="preferences", seed=args.seed, size=args.dataset_size).rows,
+        "test": data.load_prompts(args.dataset, split="validation", seed=args.seed, size=args.test_size).rows,
     }
     with stage.progress(args.dataset_size + args.test_size, "preferences") as advance:
         for name, rows in prompts.items():

@@ -29,8 +29,8 @@ def main(args: RewardArguments) -> None:
     model = load_critic(args.model_name_or_path).train()  # the trunk of the SFT model, a new head N(0, 1/(d+1))
     model.config.pad_token_id = tokenizer.pad_token_id
     fit_embeddings(model, tokenizer, args.model_name_or_path)
-    rows = data.load_preferences(args.dataset, split="train", seed=args.seed, size=None)
-    held_out = data.load_preferences(args.dataset, split="test", seed=args.seed, size=None)
+    rows = data.load_preferences(args.dataset, split="train", seed=args.seed, size=None).rows
+    held_out = data.load_preferences(args.dataset, split="test", seed=args.seed, size=None).rows
     check_lengths(args, tokenizer, {"train": rows, "test": held_out})
 
     names = ["prompt", "chosen", "rejected"]  # the scores that made the labels stay out of sight

@@ -21,8 +21,8 @@ def main(args: SFTArguments) -> None:
     stage = Stage(args, "sft", {"model": args.model_name_or_path, "dataset": args.dataset})
     tokenizer, model = load_tokenizer(args.model_name_or_path), load_policy(args.model_name_or_path).train()
     fit_embeddings(model, tokenizer, args.model_name_or_path)
-    rows = data.load_instructions(args.dataset, split="train", seed=args.seed, size=args.dataset_size)
-    held_out = data.load_instructions(args.dataset, split="validation", seed=args.seed, size=args.validation_size)
+    rows = data.load_instructions(args.dataset, split="train", seed=args.seed, size=args.dataset_size).rows
+    held_out = data.load_instructions(args.dataset, split="validation", seed=args.seed, size=args.validation_size).rows
     trainer = build_trainer(args, stage, model, tokenizer, rows, held_out)
     kept = check_kept(args, stage, trainer, {"training": rows.num_rows, "held-out": held_out.num_rows})
 

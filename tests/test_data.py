@@ -189,7 +189,7 @@ def test_real_files(file: str, kind: str, count: int, dropped: dict) -> None:
         rows = [json.loads(line) for line in stream] if ".jsonl" in file else json.load(stream)
     adapted = formats.adapt(rows, kind)
     assert (len(adapted.rows), adapted.dropped) == (count, dropped)
-    parts = [LOAD[kind](str(SHARED / file), split=split) for split in ("train", "validation", "test")]
+    parts = [LOAD[kind](str(SHARED / file), split=split).rows for split in ("train", "validation", "test")]
     assert sum(part.num_rows for part in parts) == count
     for row in parts[0]:
         assert all(row[name] for name in row)
@@ -226,25 +226,25 @@ def prompts_of(rows) -> set[str]:
 def test_no_prompt_is_on_both_sides_whatever_the_seed(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{i % 150}", "chosen": f"a{i}", "rejected": "b"} for i in range(400)]
     file = write_rows(tmp_path / "pairs.jsonl", rows)
-    parts = {s: data.load_preferences(file, split=s, seed=0) for s in SPLITS}
+    parts = {s: data.load_preferences(file, split=s, seed=0).rows for s in SPLITS}
     assert sum(parts[split].num_rows for split in ("train", "validation", "test")) == 400
     assert [len(prompts_of(parts[split])) for split in ("train", "validation", "test")] == [134, 8, 8]
-    others = {split: prompts_of(data.load_preferences(file, split=split, seed=7)) for split in parts}
+    others = {split: prompts_of(data.load_preferences(file, split=split, seed=7).rows) for split in parts}
     for split in ("validation", "test"):
         assert prompts_of(parts[split]) == others[split]
         for training in ("train", "preferences", "ppo"):
             assert not others[split] & prompts_of(parts[training])
     assert not others["validation"] & others["test"]
     # The same file split as instructions and as prompts keeps the same sides.
-    assert prompts_of(data.load_instructions(file, split="test")) == others["test"]
-    assert prompts_of(data.load_prompts(file, split="ppo")) == others["train"]
+    assert prompts_of(data.load_instructions(file, split="test").rows) == others["test"]
+    assert prompts_of(data.load_prompts(file, split="ppo").rows) == others["train"]
 
 
 def test_the_seed_orders_and_size_cuts(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "p.jsonl", [{"prompt": f"p{i}"} for i in range(100)])
-    first, again, other = (data.load_prompts(file, split="ppo", seed=seed)["prompt"] for seed in (1, 1, 2))
+    first, again, other = (data.load_prompts(file, split="ppo", seed=seed).rows["prompt"] for seed in (1, 1, 2))
     assert list(first) == list(again) != list(other) and sorted(first) == sorted(other)
-    assert list(data.load_prompts(file, split="ppo", seed=1, size=10)["prompt"]) == list(first)[:10]
+    assert list(data.load_prompts(file, split="ppo", seed=1, size=10).rows["prompt"]) == list(first)[:10]
 
 
 def test_turns_of_one_conversation_stay_together(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_turns_of_one_conversation_stay_together(tmp_path: Path) -> None:
         rows += [{"messages": talk}, {"messages": [*talk, *user("and?"), *assistant("more")]}]
     file = write_rows(tmp_path / "chats.jsonl", rows)
     first_words = [
-        {row["prompt"][0]["content"] for row in data.load_instructions(file, split=split)}
+        {row["prompt"][0]["content"] for row in data.load_instructions(file, split=split).rows}
         for split in ("train", "validation", "test")
     ]
     assert [len(words) for words in first_words] == [54, 3, 3] and len(set.union(*first_words)) == 60
@@ -265,15 +265,15 @@ def test_a_folder_is_taken_at_its_word(tmp_path: Path) -> None:
         write_rows(tmp_path / f"{name}.jsonl", [{"prompt": f"{name}{i}", "completion": "x"} for i in range(count)])
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     (tmp_path / "stage.json").write_text("{}")
-    sizes = {s: data.load_instructions(str(tmp_path), split=s).num_rows for s in ("train", "test", "validation")}
+    sizes = {s: data.load_instructions(str(tmp_path), split=s).rows.num_rows for s in ("train", "test", "validation")}
     assert sizes == {"train": 30, "test": 5, "validation": 5}
     write_rows(tmp_path / "ppo-00000.jsonl", [{"prompt": f"own{i}"} for i in range(7)])
-    assert data.load_prompts(str(tmp_path), split="ppo").num_rows == 7
+    assert data.load_prompts(str(tmp_path), split="ppo").rows.num_rows == 7
 
 
 @pytest.mark.parametrize("kind", ["instructions", "preferences", "prompts"])
 def test_the_sample(kind: str) -> None:
-    rows = [LOAD[kind](str(SAMPLE / f"{kind}.jsonl"), split=split) for split in ("train", "validation", "test")]
+    rows = [LOAD[kind](str(SAMPLE / f"{kind}.jsonl"), split=split).rows for split in ("train", "validation", "test")]
     assert [part.num_rows for part in rows] == [10, 1, 1]
     assert rows[0][0]["prompt"][0]["role"] == "user"
 
@@ -295,10 +295,10 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
     pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
     quoted = ["prompt,completion"] + ['"{}","{}"'.format(r["prompt"].replace('"', '""'), r["completion"]) for r in rows]
     (tmp_path / "e.csv").write_text("\n".join(quoted), encoding="utf-8-sig")
-    expected = data.load_instructions(jsonl, split="train").to_list()
+    expected = data.load_instructions(jsonl, split="train").rows.to_list()
     assert len(expected) == 18
     for name in ("b.json", "c.jsonl.gz", "d.parquet", "e.csv"):
-        assert data.load_instructions(str(tmp_path / name), split="train").to_list() == expected, name
+        assert data.load_instructions(str(tmp_path / name), split="train").rows.to_list() == expected, name
 
 
 def test_a_folder_laid_out_as_on_the_hub(tmp_path: Path) -> None:
@@ -313,9 +313,9 @@ def test_a_folder_laid_out_as_on_the_hub(tmp_path: Path) -> None:
         + "".join(f"  - split: {s}\n    path: data/{s}-*\n" for s in ("train_prefs", "train_sft", "test_prefs"))
         + "---\n"
     )
-    assert data.load_preferences(str(tmp_path), split="train").num_rows == 12
-    assert data.load_preferences(str(tmp_path), split="test").num_rows == 4
-    assert data.load_instructions(str(tmp_path), split="train").num_rows == 9
+    assert data.load_preferences(str(tmp_path), split="train").rows.num_rows == 12
+    assert data.load_preferences(str(tmp_path), split="test").rows.num_rows == 4
+    assert data.load_instructions(str(tmp_path), split="train").rows.num_rows == 9
 
 
 def test_texts(tmp_path: Path) -> None:
@@ -382,7 +382,7 @@ def test_further_broken_rows_are_one_sentence(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["label", "completion", "output", "answer"])
 def test_an_answer_beside_a_prompt_reaches_the_rewards(tmp_path: Path, name: str) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"{i} plus 1?", name: str(i + 1)} for i in range(30)])
-    rows = data.load_prompts(file, split="train")
+    rows = data.load_prompts(file, split="train").rows
     assert rows.column_names == ["prompt", name]
     assert all(int(row[name]) == int(row["prompt"].split()[0]) + 1 for row in rows)
 

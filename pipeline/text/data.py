@@ -15,8 +15,8 @@ import hashlib
 import logging
 import random
 import sys
-from collections.abc import Callable, Container, Iterable, Iterator
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from functools import lru_cache, partial
 from itertools import count
 from typing import Any, TypeVar
@@ -229,23 +229,35 @@ def _up_to(documents: Iterable[str], max_bytes: int | None) -> Iterator[str]:
 # ---- instructions, prompts and preferences --------------------------------------------------------------------------
 
 
-def load_instructions(dataset: str, *, split: Split, seed: int = 0, size: int | None = None) -> Dataset:
+@dataclass
+class Loaded:
+    """The rows of one split, and what is to be said of them."""
+
+    rows: Dataset
+    """In TRL's shape."""
+    places: Sequence[str]
+    """Where each row stands, as an editor counts it: "pairs.jsonl, line 1412"; what an error about the row names."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences: the format, rows read and dropped and why, columns that are not used."""
+
+
+def load_instructions(dataset: str, *, split: Split, seed: int = 0, size: int | None = None) -> Loaded:
     """Rows of prompt and completion, as messages or as text; at most `size`. Raises UserError."""
     return _load("instructions", dataset, split, seed, size)
 
 
-def load_prompts(dataset: str, *, split: Split, seed: int = 0, size: int | None = None) -> Dataset:
+def load_prompts(dataset: str, *, split: Split, seed: int = 0, size: int | None = None) -> Loaded:
     """Rows of prompt, as messages or as text, and any columns beside it, which reward functions are given; at most
     `size`, fewer where the data set has fewer. Raises UserError."""
     return _load("prompts", dataset, split, seed, size)
 
 
-def load_preferences(dataset: str, *, split: Split, seed: int = 0, size: int | None = None) -> Dataset:
+def load_preferences(dataset: str, *, split: Split, seed: int = 0, size: int | None = None) -> Loaded:
     """Rows of prompt, chosen and rejected, as messages or as text; at most `size`. Raises UserError."""
     return _load("preferences", dataset, split, seed, size)
 
 
-def _load(kind: formats.Kind, dataset: str, split: Split, seed: int, size: int | None) -> Dataset:
+def _load(kind: formats.Kind, dataset: str, split: Split, seed: int, size: int | None) -> Loaded:
     """The rows of one split in the shape of `kind`."""
     if dataset in GENERATORS:
         limit = {} if kind == "preferences" else {"size": size}
@@ -259,11 +271,12 @@ def _load(kind: formats.Kind, dataset: str, split: Split, seed: int, size: int |
     if not rows:
         raise _no_rows(dataset, kind, split)
     try:
-        return Dataset.from_list(rows[:size])
+        made = Dataset.from_list(rows[:size])
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise UserError(f"dataset: {dataset} mixes types within a column: {one_line(error)}") from None
     except (OverflowError, UnicodeEncodeError) as error:
         raise UserError(f"dataset: {dataset} has a value in a column that cannot be kept: {one_line(error)}") from None
+    return Loaded(made, [f"{dataset}, row {i}" for i in range(1, len(made) + 1)])
 
 
 def _adapted(where: str, rows: Iterable[Row], kind: formats.Kind) -> list[Row]:
