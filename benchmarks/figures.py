@@ -43,7 +43,7 @@ def row_of(run: Run) -> dict[str, str]:
     }
 
 
-NARROW = ("seed", "SFT gold", "best of", "PPO gold", "KL")  # the beginnings of the README's columns
+NARROW = ("seed", "SFT gold", "best-of", "PPO gold", "KL")  # the beginnings of the README's columns
 
 
 def narrow(row: dict[str, str]) -> dict[str, str]:

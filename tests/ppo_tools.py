@@ -83,7 +83,8 @@ def settings(tmp_path, **changes):
         "learning_rate": 1e-3,
         "save_steps": 0,
     }
-    if ESTIMATORS[changes.get("advantage_estimator", "gae")].needs_critic:
+    estimator = ESTIMATORS.get(changes.get("advantage_estimator", "gae"))
+    if estimator and estimator.needs_critic:
         values |= {"critic_learning_rate": 1e-3, "lam_value": 1.0}
     return PPOConfig(**values | changes)
 
@@ -116,7 +117,8 @@ def trainer(
 ):
     """A PPOTrainer of tiny parts that keeps its log in `trainer.rows`."""
     args = settings(tmp_path, **changes)
-    alone = args.share_trunk or not ESTIMATORS[args.advantage_estimator].needs_critic
+    estimator = ESTIMATORS.get(args.advantage_estimator)
+    alone = args.share_trunk or not (estimator and estimator.needs_critic)
     actor, judge = models or (policy(), None if alone else critic())
     recorder = Rows(args)
     made = PPOTrainer(

@@ -79,7 +79,7 @@ def test_each_threshold_of_stories_fails_alone(run: Path, figures: dict, fails: 
 def test_a_gain_of_less_than_two_standard_errors_fails(run: Path) -> None:
     change(run, "ppo", **GOOD)
     give_gold(run, ppo=[0.9, 0.9, 0.9], pretrain=[0.5, 0.6, 0.7], best_of_16=[0.9, 0.9, 0.8])  # 0.033 ± 0.033
-    assert failing(run) == ["PPO's gold above Best of 16's by more than 2 standard errors"]
+    assert failing(run) == ["PPO's gold above Best-of-16's by more than 2 standard errors"]
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*/expected.yaml")), ids=lambda file: file.parent.name)
@@ -114,7 +114,7 @@ def test_the_exit_code_says_whether_all_hold(run: Path, capsys: pytest.CaptureFi
 def test_tables_by_hand(run: Path) -> None:
     row = figures.row_of(read_run(run))
     assert figures.markdown_table([figures.narrow(row)] * 2).splitlines() == [
-        "| seed | SFT gold | best of 16 gold | PPO gold (95 %) | KL |",
+        "| seed | SFT gold | best-of-16 gold | PPO gold (95 %) | KL |",
         "| --- | --- | --- | --- | --- |",
         *["| 0 | 0.530 | 0.760 | **0.820** (0.790–0.850) | 9.8 |"] * 2,
     ]

@@ -54,7 +54,7 @@ def test_no_placeholder_is_left_but_the_marks_of_the_table() -> None:
 def test_the_table_of_results_has_its_rows_and_columns() -> None:
     table = README.split(RESULTS[0])[1].split(RESULTS[1])[0].strip().splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-    assert rows[0] == ["seed", "SFT gold", "best of 16 gold", "PPO gold (95 %)", "KL"]
+    assert rows[0] == ["seed", "SFT gold", "best-of-16 gold", "PPO gold (95 %)", "KL"]
     assert [row[0] for row in rows[2:]] == ["0", "1", "2", "3"] and {len(row) for row in rows} == {5}
 
 

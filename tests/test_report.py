@@ -289,7 +289,7 @@ def test_the_end_of_the_run_is_shown(run: Path) -> None:
     shown = console.export_text()
     for words in (
         r"PPO +0\.82 \(0\.79–0\.85\) +9\.8 +49\.3",
-        r"Best of 16 +0\.76",
+        r"Best-of-16 +0\.76",
         r"SFT, gold 0\.53 +PPO, gold 0\.82",
         r"Tom & Ann\. Use: <b>drum</b>",
         r"report/report\.html",

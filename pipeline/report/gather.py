@@ -185,9 +185,9 @@ def with_interval(figures: dict[str, Any]) -> str:
 
 
 def policy_title(name: str) -> str:
-    """How a policy is called in tables: `best_of_16` is `Best of 16`."""
+    """How a policy is called in tables: `best_of_16` is `Best-of-16`."""
     known = {"pretrain": "Pretrained", "sft": "SFT", "ppo": "PPO"}
-    return known.get(name) or name.replace("_", " ").capitalize()
+    return known.get(name) or name.replace("_", "-").capitalize()
 
 
 @dataclass
