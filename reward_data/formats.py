@@ -268,12 +268,12 @@ def from_transcripts(row: Row) -> Row:
 
 
 def transcript(text: str) -> list[Message]:
-    """The messages of a hh-rlhf transcript; an empty last turn stays, as an empty message."""
+    """The messages of a hh-rlhf transcript; an empty last turn stays, as an empty message. Raises Useless."""
     if not text.strip():
         return []
     head, *turns = TRANSCRIPT_TURN.split(text if text.startswith("\n\n") else f"\n\n{text.lstrip()}")
     if head.strip() or not turns:
-        raise ValueError("a transcript should begin with 'Human:' and mark every turn by 'Human:' or 'Assistant:'")
+        raise Useless("no prompt, and no transcript that begins with 'Human:'")
     roles = {"Human": "user", "Assistant": "assistant"}
     return [{"role": roles[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2], strict=True)]
 
@@ -495,6 +495,8 @@ def last_text_turns(prompt: str, answers: list[str]) -> tuple[str, list[str]]:
 
 def with_context(prompt: Answer, row: Row) -> Answer:
     """The prompt with the row's system message and earlier turns. Raises ValueError where it has no place for them."""
+    if row.keys().isdisjoint(CONTEXT):
+        return prompt
     system, history = one_text_of(row, SYSTEM), row.get("history")
     if not system.strip() and _is_blank(history):
         return prompt
@@ -701,7 +703,10 @@ def _complete(result: Adapted, rows: list[Row], forms: list[Format], kind: Kind)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     uses = {*CONTEXT}.union(*(form.uses for form in forms))
     if kind == "prompts":
-        beside = [name for name in columns if name not in uses or name not in {*ASKING, *CONTEXT}]
+        asking = {*ASKING, *CONTEXT} & uses
+        if any("completion" in form.gives for form in forms) and _all_are(rows, "label", bool):
+            asking.add("label")  # of KTO: it judges the answer that stands there, not one that will be sampled
+        beside = [name for name in columns if name not in asking]
     elif kind == "preferences":
         kept = [rows[index] for index in result.kept]
         beside = [name for name, types in KEPT_WITH_PAIRS.items() if name in columns and _all_are(kept, name, types)]

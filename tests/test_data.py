@@ -140,7 +140,7 @@ LITERALS = {
     "unpaired as prompt": (
         "prompts",
         {"messages": [*user("Hi"), *assistant("No")], "label": False},
-        {"prompt": user("Hi"), "label": False},
+        {"prompt": user("Hi")},
     ),
 }
 

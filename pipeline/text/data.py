@@ -7,8 +7,8 @@ may look like: reward_data/README.md.
 Splits. A generator has its own. In a folder or on the hub, files, folders or splits named train, validation (or dev,
 eval), test, preferences or ppo are taken at their word, and one of validation and test stands in for the other.
 Otherwise the prompts or documents with the smallest hashes become test (5 %) and validation (5 %), whatever the seed,
-so that none is on both sides in any run; train, preferences and ppo are then names for the same remainder. In memory the
-hashes are ranked, so that the shares are exact; a stream, of which nobody knows the end, holds out the lowest 5 and
+so that none is on both sides in any run; train, preferences and ppo are then names for the same remainder. In memory
+the hashes are ranked, so that the shares are exact; a stream, of which nobody knows the end, holds out the lowest 5 and
 10 % of the range of the hashes: the same documents, but for the few at the limits. The seed orders the rows.
 """
 
@@ -74,9 +74,7 @@ def load_texts(
             documents = [by_key[key] for key in (keys if named else _part(keys, keys, split)) if key not in without]
         if dataset not in GENERATORS:
             random.Random(seed).shuffle(documents)
-        found, documents = len(documents), list(_up_to(documents, max_bytes))
-        if found and not documents:
-            raise UserError(f"max_bytes: {max_bytes} do not hold the first character of {dataset}; raise it")
+        documents = list(_up_to(documents, max_bytes))
     if not documents:
         raise _no_rows(dataset, "text", split)
     return documents
@@ -223,12 +221,18 @@ def _shuffled(documents: Iterable[str], rng: random.Random, buffer_size: int) ->
 
 
 def _up_to(documents: Iterable[str], max_bytes: int | None) -> Iterator[str]:
-    """Whole documents, as many as fit `max_bytes` of UTF-8; if not even the first one does, its beginning."""
+    """Whole documents, as many as fit `max_bytes` of UTF-8; if not even the first one does, its beginning. Raises
+    UserError for a limit that holds nothing."""
     left = sys.maxsize if max_bytes is None else max_bytes
     for number, document in enumerate(documents):
         raw = document.encode()
         if len(raw) > left:
-            if number == 0 and (begin := raw[:left].decode(errors="ignore")):
+            if number == 0 and not (begin := raw[:left].decode(errors="ignore")):
+                raise UserError(
+                    f"a limit of {max_bytes} bytes (max_bytes, validation_bytes or ptx_max_bytes) does not hold the "
+                    "first character of the text; raise it"
+                )
+            if number == 0:
                 yield begin
             return
         left -= len(raw)

@@ -465,11 +465,22 @@ def _csv_rows(path: Path, where: str, delimiter: str = ",") -> Iterator[PlacedRo
             elif header and fields:
                 if len(fields) != len(header):
                     raise UserError(_wrong_count(where, begin, reader.line_num, len(fields), len(header)))
+                if any('"' in text and not _in_quotes(text, lines) for text in fields):
+                    raise csv.Error(
+                        "a quote stands in a field that is not in quotes; put it in quotes, all quotes twice"
+                    )
                 yield f"{where}, line {begin}", dict(zip(header, fields, strict=True))
             begin = reader.line_num + 1
             lines.clear()
     except csv.Error as error:
         raise UserError(f"dataset: {where}, {_csv_fault(str(error), lines, begin)}") from None
+
+
+def _in_quotes(text: str, lines: list[str]) -> bool:
+    """Whether a field of the row in `lines` was quoted. One that has a quote must be: else a quote that was forgotten
+    makes other rows part of a field, and the next stray quote closes it."""
+    doubled = text.replace('"', '""')
+    return f'"{doubled}"' in "".join(lines)
 
 
 def _kept(lines: Iterable[str], kept: list[str]) -> Iterator[str]:
