@@ -52,7 +52,19 @@ ASKED_BESIDE = ("input", "context", "instruction")
 ASKING = {"prompt", "instruction", "input", "context", "conversations", "messages", "info"}
 """Columns that a prompt is made from, where the format uses them; rewards are given all others."""
 REFUSED = frozenset(
-    {"tools", "functions", "tool_calls", "function_call", "documents", "image", "images", "video", "videos", "audio"}
+    {
+        "tools",
+        "functions",
+        "tool_calls",
+        "function_call",
+        "documents",
+        "image",
+        "images",
+        "video",
+        "videos",
+        "audio",
+        "chat_template_kwargs",
+    }
 )
 """Columns and keys of messages that are part of what the model is asked or says, and that no stage can use."""
 REFUSED_KEYS = REFUSED | {"reasoning_content", "reasoning", "thinking"}

@@ -306,11 +306,11 @@ def _load(kind: formats.Kind, dataset: str, split: Split, seed: int, size: int |
     if dataset in GENERATORS:
         limit = {} if kind == "preferences" else {"size": size}
         made = list(_generate(dataset, kind, seed=seed, split=split, **limit))
-        rows, notes = [(f"{dataset}, row {i}", row) for i, row in enumerate(made, start=1)], []
+        rows, notes = [(f"{dataset}, row {i}", row) for i, row in enumerate(_completed(made, kind), start=1)], []
     else:
         choice = choose(dataset, split, kind)
         found = _found(choice.sources, kind)
-        rows, notes = found.rows, choice.notes + found.notes(dataset, kind)
+        rows, notes = found.completed(kind), choice.notes + found.notes(dataset, kind)
         if rows and not choice.named:
             keys = [_prompt_key(row["prompt"]) for _, row in rows]
             rows = _part(rows, keys, split, map(_prompt_key, found.other_prompts))
@@ -348,6 +348,11 @@ class Found:
         self.unused |= dict.fromkeys(adapted.unused)
         self.other_prompts += adapted.other_prompts
 
+    def completed(self, kind: formats.Kind) -> list[tuple[str, Row]]:
+        """The rows with their places, all with the columns that any of them has."""
+        rows = _completed([row for _, row in self.rows], kind)
+        return list(zip([place for place, _ in self.rows], rows, strict=True))
+
     def notes(self, dataset: str, kind: formats.Kind) -> list[str]:
         """Sentences for the user. Raises UserError if every row was dropped."""
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in sorted(self.dropped.items()))
@@ -380,14 +385,18 @@ def _found(sources: list[Source], kind: formats.Kind) -> Found:
             raise UserError(f"dataset: {places[error.index]}: {error.reason}") from None
         except ValueError as error:
             raise UserError(f"dataset: {source.where}: {error}") from None
-    columns = dict.fromkeys(name for _, row in found.rows for name in row)
-    first = found.rows[0][1] if found.rows else {}
     for place, row in found.rows:
-        if type(row["prompt"]) is not type(first["prompt"]):
+        if type(row["prompt"]) is not type(found.rows[0][1]["prompt"]):
             raise UserError(f"dataset: {place}: field 'prompt' is text in one file and messages in another")
-        for name in columns.keys() - row.keys():
-            row[name] = False if name == "flipped" else None
     return found
+
+
+def _completed(rows: list[Row], kind: formats.Kind) -> list[Row]:
+    """The rows with all columns that any of them has: None where one lacks a column; a pair without mark is not
+    flipped."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    missing = {name: False if name == "flipped" and kind == "preferences" else None for name in columns}
+    return [missing | row for row in rows]
 
 
 def _prompt_key(prompt: formats.Answer) -> bytes:

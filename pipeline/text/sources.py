@@ -282,7 +282,8 @@ def _bare(path: PurePath) -> str:
 
 def _other_kinds(folder: Path) -> dict[Path, str]:
     """The files of a folder that look like data of a kind that is not read, and what they are."""
-    return {path: OTHER_KINDS[_suffix(path)] for path in _visible_files(folder) if _suffix(path) in OTHER_KINDS}
+    kinds = {suffix: what for suffix, what in OTHER_KINDS.items() if not what.startswith("a document")}
+    return {path: kinds[_suffix(path)] for path in _visible_files(folder) if _suffix(path) in kinds}
 
 
 def _other_kinds_note(dataset: str) -> list[str]:
