@@ -194,7 +194,9 @@ def _message(turn: Any, name: str) -> Message:
     role = turn.get("role", turn.get("from"))
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"field '{name}' has the role {role!r}; known are {', '.join(ROLES)}")
-    _refuse(turn, turn.keys() & REFUSED_KEYS, turn.keys() & WEIGHT_KEYS, f"field '{name}' has a message of {role} with")
+    if not turn.keys() <= MESSAGE_KEYS:
+        where = f"field '{name}' has a message of {role} with"
+        _refuse(turn, sorted(turn.keys() & REFUSED_KEYS), sorted(turn.keys() & WEIGHT_KEYS), where)
     content = turn.get("content", turn.get("value"))
     if isinstance(content, list):
         content = "".join(_text_part(part, name) for part in content)
@@ -238,6 +240,11 @@ def _is_blank(value: Any) -> bool:
 
 def _is_one(value: Any) -> bool:
     return _is_blank(value) or str(value).strip().lower() in ("1", "1.0", "true")
+
+
+def shown(names: Iterable[object]) -> str:
+    """Names for a sentence, which half a character must not keep from being printed."""
+    return ", ".join(map(str, names)).encode("utf-8", "backslashreplace").decode()
 
 
 def user(content: str) -> list[Message]:
@@ -650,7 +657,7 @@ def _check_useful(rows: list[Row], forms: dict[str, Format], kind: Kind) -> None
     if kind != "prompts" and label and "pair" not in gives:
         raise ValueError(UNPAIRED.format(label=label))
     if not forms or (useful and not gives & useful):
-        found = ", ".join(map(str, rows[0])) or "none"
+        found = shown(rows[0]) or "none"
         known = ", ".join(dict.fromkeys(form.name for form in FORMATS if not useful or form.gives & useful))
         raise ValueError(f"the columns are {found}, but {kind} need {NEEDS[kind]} (formats known: {known})")
 

@@ -774,6 +774,13 @@ def test_any_text_comes_back_from_every_kind_of_file(tmp_path: Path) -> None:
     ]
 
 
+def test_a_name_with_half_a_character_can_be_said(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "a.jsonl", [{**asked(1), "\ud83d": 1}])
+    assert any(note.endswith(r"not used: \ud83d") for note in data.load_instructions(file, split="train").notes)
+    refused(r"the columns are prompt, completion, \\ud83d, but", data.load_preferences, file)
+    refused(r"has no text column 'text', only prompt, completion, \\ud83d", data.load_texts, file)
+
+
 def test_the_report_reads_any_text_that_evaluate_wrote(tmp_path: Path) -> None:
     folder = tmp_path / "evaluate"
     folder.mkdir()

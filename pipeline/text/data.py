@@ -152,7 +152,7 @@ def _documents(sources: list[Source], column: str) -> Iterator[str]:
         for place, row in source.read():
             if column not in row and read == empty:  # no text was found yet
                 raise UserError(
-                    f"dataset: {source.where} has no text column '{column}', only {', '.join(map(str, row))}; "
+                    f"dataset: {source.where} has no text column '{column}', only {formats.shown(row)}; "
                     "name the right one in text_column"
                 )
             try:
@@ -369,7 +369,7 @@ class Found:
                 "the conversation was used"
             )
         if self.unused:
-            notes.append(f"{dataset}: not used: {', '.join(self.unused)}")
+            notes.append(f"{dataset}: not used: {formats.shown(self.unused)}")
         return notes
 
 
