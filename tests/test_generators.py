@@ -33,7 +33,7 @@ def with_a_third(monkeypatch: pytest.MonkeyPatch) -> None:
 def rows_of(name: str, kind: str, split: str, size: int | None = 40) -> list[dict]:
     """Rows by the public loaders; skips where the data of a generator are not installed."""
     limit = {} if kind == "preferences" else {"size": size}
-    return getattr(data, f"load_{kind}")(name, split=split, seed=3, **limit).to_list()
+    return getattr(data, f"load_{kind}")(name, split=split, seed=3, **limit).rows.to_list()
 
 
 def skip_without_data(name: str) -> None:

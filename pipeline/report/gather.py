@@ -98,7 +98,8 @@ def _read(file: Path) -> Any:
     by_line = file.suffix == ".jsonl"
     try:
         text = file.read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines() if line] if by_line else json.loads(text)
+        # Not splitlines: JSON leaves U+2028 and its like in a text as they are, and they end no line
+        return [json.loads(line) for line in text.split("\n") if line] if by_line else json.loads(text)
     except FileNotFoundError:
         problem = "is missing"
     except ValueError:

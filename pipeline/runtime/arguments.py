@@ -173,9 +173,9 @@ class SFTArguments(TrainingFields):
     """Instructions: generator (stories, reviews), file or hub name, in any format of reward_data/README.md."""
     model_name_or_path: str = "{run_dir}/pretrain"
     """Model to start from."""
-    dataset_size: CountOrZero = 20_000
+    dataset_size: Count = 20_000
     """Training rows to generate or read at most."""
-    validation_size: CountOrZero = 500
+    validation_size: Count = 500
     """Held-out rows for eval_loss."""
     max_length: Count = 128
     """Tokens of prompt and answer; longer rows are cut at the end, and left out where nothing of the answer remains."""
@@ -197,9 +197,9 @@ class PreferencesArguments(SamplingFields):
     """Bradley-Terry noise: the better answer is chosen with probability σ(label_beta · score gap)."""
     min_score_gap: NotNegative = 0.0
     """Answers whose scores differ by no more than this are a tie: the labeller does not choose."""
-    dataset_size: CountOrZero = 4000
+    dataset_size: Count = 4000
     """Training prompts."""
-    test_size: CountOrZero = 500
+    test_size: Count = 500
     """Held-out prompts for test.jsonl."""
     num_generations: Count = 4
     """Answers sampled a prompt; all pairs of them are labelled, ties dropped."""
@@ -217,7 +217,7 @@ class RewardArguments(TrainingFields):
     """Model whose trunk to start from; the head is new."""
     max_length: Count = 128
     """Longest conversation in tokens; a pair that is longer is an error before training starts."""
-    center_samples: CountOrZero = 512
+    center_samples: Count = 512
     """Held-in answers whose mean and spread of reward are stored, so that rewards are read as standard scores."""
 
 

@@ -1,32 +1,32 @@
 """Every data set of the chain, from one field `dataset`, in TRL's formats.
 
-`dataset` is a generator's name ("stories", "reviews"), a file or folder (.txt, .jsonl, .json, .csv, each also .gz, or
-.parquet), or a hub name ("owner/name" or "owner/name:config"). What the rows may look like: reward_data/README.md.
+`dataset` is a generator's name ("stories", "reviews"), a file or folder (.txt, .jsonl, .json, .csv, .tsv, each also
+.gz, .parquet, or what `Dataset.save_to_disk` wrote), or a hub name ("owner/name" or "owner/name:config"). What the rows
+may look like: reward_data/README.md.
 
-Splits. A generator has its own. In a folder or on the hub, files or splits named train, validation (or dev, eval),
-test, preferences or ppo are taken at their word, and one of validation and test stands in for the other. Otherwise the
-prompts or documents with the smallest hashes become test (5 %) and validation (5 %), whatever the seed, so that none is
-on both sides in any run; train, preferences and ppo are then names for the same remainder. In memory the hashes are
-ranked, so that the shares are exact; a stream, of which nobody knows the end, holds out the lowest 5 and 10 % of the
-range of the hashes: the same documents, but for the few at the limits. The seed orders the rows.
+Splits. A generator has its own. In a folder or on the hub, files, folders or splits named train, validation (or dev,
+eval), test, preferences or ppo are taken at their word, and one of validation and test stands in for the other.
+Otherwise the prompts or documents with the smallest hashes become test (5 %) and validation (5 %), whatever the seed,
+so that none is on both sides in any run; train, preferences and ppo are then names for the same remainder. In memory
+the hashes are ranked, so that the shares are exact; a stream, of which nobody knows the end, holds out the lowest 5 and
+10 % of the range of the hashes: the same documents, but for the few at the limits. The seed orders the rows.
 """
 
 import hashlib
-import logging
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from itertools import count
 from typing import Any, TypeVar
 
 import numpy as np
-import pyarrow as pa
 from datasets import Dataset
 
 from pipeline.errors import UserError
-from pipeline.text.sources import Source, choose, one_line
+from pipeline.text.sources import Source, choose, say_once
 from reward_data import formats
 from reward_data.formats import Row
 from reward_data.generators import GENERATORS, Split, load_generator
@@ -35,7 +35,6 @@ HELD_OUT = 0.05  # of the prompts or documents, for test and for validation each
 HELD_OUT_TAIL = 0.1  # of one long text: the usual 90/10 split of tiny Shakespeare
 
 T = TypeVar("T")
-log = logging.getLogger(__name__)
 
 
 # ---- text to pretrain on --------------------------------------------------------------------------------------------
@@ -140,25 +139,33 @@ def _corpus(
     """Whether the documents are those of `split` alone, and the function that reads them."""
     if dataset in GENERATORS:
         return True, partial(_generate, dataset, "corpus", seed=seed, max_bytes=max_bytes, split=split)
-    named, sources = choose(dataset, split, "texts", streaming)
-    return named, partial(_documents, sources, text_column)
+    choice = choose(dataset, split, "texts", streaming)
+    for note in choice.notes:
+        say_once(note)
+    return choice.named, partial(_documents, choice.sources, text_column)
 
 
 def _documents(sources: list[Source], column: str) -> Iterator[str]:
-    """The texts in `column` of all rows that are not blank."""
-    for where, read in sources:
-        for number, row in enumerate(read(), start=1):
-            if column not in row:
+    """The texts in `column` of all rows; those that are empty or missing are left out, which is said."""
+    for source in sources:
+        read = empty = 0
+        for place, row in source.read():
+            if column not in row and read == empty:  # no text was found yet
                 raise UserError(
-                    f"dataset: {where} has no text column '{column}', only {', '.join(map(str, row))}; "
+                    f"dataset: {source.where} has no text column '{column}', only {formats.shown(row)}; "
                     "name the right one in text_column"
                 )
-            if isinstance(row[column], str) and not row[column].strip():
-                continue
             try:
-                yield formats.text_field(row, column)
+                text = formats.text_field(row, column)
             except ValueError as error:
-                raise UserError(f"dataset: {where}, row {number}: {error}") from None
+                raise UserError(f"dataset: {place}: {error}") from None
+            read += 1
+            if text.strip():
+                yield text
+            else:
+                empty += 1
+        if empty:
+            say_once(f"{source.where}: {empty:,} of {read:,} documents are empty and were left out")
 
 
 def _without_duplicates(texts: Iterable[str], dataset: str) -> dict[bytes, str]:
@@ -169,7 +176,7 @@ def _without_duplicates(texts: Iterable[str], dataset: str) -> dict[bytes, str]:
         by_key.setdefault(document_key(text), text)
         read += 1
     if read > len(by_key):
-        _say_once(f"{dataset}: {read - len(by_key):,} of {read:,} documents are duplicates and were dropped")
+        say_once(f"{dataset}: {read - len(by_key):,} of {read:,} documents are duplicates and were dropped")
     return by_key
 
 
@@ -214,12 +221,18 @@ def _shuffled(documents: Iterable[str], rng: random.Random, buffer_size: int) ->
 
 
 def _up_to(documents: Iterable[str], max_bytes: int | None) -> Iterator[str]:
-    """Whole documents, as many as fit `max_bytes` of UTF-8; if not even the first one does, its beginning."""
+    """Whole documents, as many as fit `max_bytes` of UTF-8; if not even the first one does, its beginning. Raises
+    UserError for a limit that holds nothing."""
     left = sys.maxsize if max_bytes is None else max_bytes
     for number, document in enumerate(documents):
         raw = document.encode()
         if len(raw) > left:
-            if number == 0 and (begin := raw[:left].decode(errors="ignore")):
+            if number == 0 and not (begin := raw[:left].decode(errors="ignore")):
+                raise UserError(
+                    f"a limit of {max_bytes} bytes (max_bytes, validation_bytes or ptx_max_bytes) does not hold the "
+                    "first character of the text; raise it"
+                )
+            if number == 0:
                 yield begin
             return
         left -= len(raw)
@@ -229,12 +242,41 @@ def _up_to(documents: Iterable[str], max_bytes: int | None) -> Iterator[str]:
 # ---- instructions, prompts and preferences --------------------------------------------------------------------------
 
 
+class Rows(list[Row]):
+    """Rows as Python objects, with what stages use of a Dataset.
+
+    A Dataset would make one type of a column's values, which rewards are to be given as they are, and fails where they
+    have no common type.
+    """
+
+    @property
+    def num_rows(self) -> int:
+        return len(self)
+
+    @property
+    def column_names(self) -> list[str]:
+        return list(self[0]) if self else []
+
+    def __getitem__(self, which: Any) -> Any:
+        """The row of a number, rows of a slice, or the column of a name."""
+        return [row[which] for row in self] if isinstance(which, str) else super().__getitem__(which)
+
+    def select(self, indices: Iterable[int]) -> "Rows":
+        return Rows(self[index] for index in indices)
+
+    def to_list(self) -> list[Row]:
+        return list(self)
+
+    def to_dict(self) -> dict[str, list]:
+        return {name: self[name] for name in self.column_names}
+
+
 @dataclass
 class Loaded:
     """The rows of one split, and what is to be said of them."""
 
-    rows: Dataset
-    """In TRL's shape."""
+    rows: Any
+    """In TRL's shape: a Dataset; of prompts, Rows, which have other columns beside them."""
     places: Sequence[str]
     """Where each row stands, as an editor counts it: "pairs.jsonl, line 1412"; what an error about the row names."""
     notes: list[str] = field(default_factory=list)
@@ -247,8 +289,8 @@ def load_instructions(dataset: str, *, split: Split, seed: int = 0, size: int | 
 
 
 def load_prompts(dataset: str, *, split: Split, seed: int = 0, size: int | None = None) -> Loaded:
-    """Rows of prompt, as messages or as text, and any columns beside it, which reward functions are given; at most
-    `size`, fewer where the data set has fewer. Raises UserError."""
+    """Rows of prompt, as messages or as text, and any columns beside it, which reward functions are given (None where a
+    row has none); at most `size`, fewer where the data set has fewer. Raises UserError."""
     return _load("prompts", dataset, split, seed, size)
 
 
@@ -259,44 +301,110 @@ def load_preferences(dataset: str, *, split: Split, seed: int = 0, size: int | N
 
 def _load(kind: formats.Kind, dataset: str, split: Split, seed: int, size: int | None) -> Loaded:
     """The rows of one split in the shape of `kind`."""
+    if size is not None and size < 1:
+        raise UserError(f"dataset: {size} rows of {dataset} are asked for; ask for at least one")
     if dataset in GENERATORS:
         limit = {} if kind == "preferences" else {"size": size}
-        rows = list(_generate(dataset, kind, seed=seed, split=split, **limit))
+        made = list(_generate(dataset, kind, seed=seed, split=split, **limit))
+        rows, notes = [(f"{dataset}, row {i}", row) for i, row in enumerate(_completed(made, kind), start=1)], []
     else:
-        named, sources = choose(dataset, split, kind)
-        rows = [row for where, read in sources for row in _adapted(where, read(), kind)]
-        if not named:
-            rows = _part(rows, [hashlib.blake2b(_prompt_key(row).encode()).digest() for row in rows], split)
+        choice = choose(dataset, split, kind)
+        found = _found(choice.sources, kind)
+        rows, notes = found.completed(kind), choice.notes + found.notes(dataset, kind)
+        if rows and not choice.named:
+            keys = [_prompt_key(row["prompt"]) for _, row in rows]
+            rows = _part(rows, keys, split, map(_prompt_key, found.other_prompts))
+        for note in notes if found.dropped else [note for note in notes if "rows read" not in note]:
+            say_once(note)
         random.Random(seed).shuffle(rows)
+        notes.append(f"{len(rows):,} rows are for '{split}'")
     if not rows:
         raise _no_rows(dataset, kind, split)
-    try:
-        made = Dataset.from_list(rows[:size])
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise UserError(f"dataset: {dataset} mixes types within a column: {one_line(error)}") from None
-    except (OverflowError, UnicodeEncodeError) as error:
-        raise UserError(f"dataset: {dataset} has a value in a column that cannot be kept: {one_line(error)}") from None
-    return Loaded(made, [f"{dataset}, row {i}" for i in range(1, len(made) + 1)])
+    places, kept = zip(*rows[:size], strict=True)
+    return Loaded(Rows(kept) if kind == "prompts" else Dataset.from_list(list(kept)), places, notes)
 
 
-def _adapted(where: str, rows: Iterable[Row], kind: formats.Kind) -> list[Row]:
-    """The rows of one source in the shape of `kind`; says how many were dropped and why."""
-    try:
-        adapted = formats.adapt(rows, kind)
-    except ValueError as error:
-        raise UserError(f"dataset: {where}: {error}") from None
-    if adapted.dropped:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(adapted.dropped.items()))
-        _say_once(f"{where} ({adapted.format}): {adapted.dropped.total()} rows dropped: {reasons}")
-    return adapted.rows
+@dataclass
+class Found:
+    """What came of the sources of a split: rows with their places, in the shape of a kind, and counts."""
+
+    rows: list[tuple[str, Row]] = field(default_factory=list)
+    read: int = 0
+    forms: Counter = field(default_factory=Counter)
+    dropped: Counter = field(default_factory=Counter)
+    repeated: int = 0
+    contradicted: int = 0
+    unused: dict[str, None] = field(default_factory=dict)
+    other_prompts: list[formats.Answer] = field(default_factory=list)
+
+    def add(self, places: list[str], adapted: formats.Adapted) -> None:
+        """Take over the rows of one source."""
+        self.rows += [(places[index], row) for index, row in zip(adapted.kept, adapted.rows, strict=True)]
+        self.read += len(places)
+        self.forms += adapted.formats
+        self.dropped += adapted.dropped
+        self.repeated += adapted.repeated
+        self.contradicted += adapted.contradicted
+        self.unused |= dict.fromkeys(adapted.unused)
+        self.other_prompts += adapted.other_prompts
+
+    def completed(self, kind: formats.Kind) -> list[tuple[str, Row]]:
+        """The rows with their places, all with the columns that any of them has."""
+        rows = _completed([row for _, row in self.rows], kind)
+        return list(zip([place for place, _ in self.rows], rows, strict=True))
+
+    def notes(self, dataset: str, kind: formats.Kind) -> list[str]:
+        """Sentences for the user. Raises UserError if every row was dropped."""
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in sorted(self.dropped.items()))
+        if not self.rows:
+            raise UserError(f"dataset: {dataset}: all of its {self.read:,} rows are dropped for {kind}: {reasons}")
+        form = " and ".join(name for name, _ in self.forms.most_common())
+        said = f"{dataset} ({form}): {self.read:,} rows read"
+        notes = [f"{said}, {self.dropped.total():,} rows dropped: {reasons}" if self.dropped else said]
+        if self.repeated:
+            notes.append(f"{dataset}: answers began with their own prompt in {self.repeated:,} rows; it was taken off")
+        if self.contradicted:
+            notes.append(
+                f"{dataset}: the field 'prompt' is not in the conversation beside it in {self.contradicted:,} rows; "
+                "the conversation was used"
+            )
+        if self.unused:
+            notes.append(f"{dataset}: not used: {formats.shown(self.unused)}")
+        return notes
 
 
-def _prompt_key(row: Row) -> str:
-    """What decides a row's split: its prompt, of a conversation the first thing the user said."""
-    prompt = row["prompt"]
-    if isinstance(prompt, str):
-        return prompt
-    return next((message["content"] for message in prompt if message["role"] == "user"), formats.text_of(prompt))
+def _found(sources: list[Source], kind: formats.Kind) -> Found:
+    """The rows of all sources in the shape of `kind`. Raises UserError with the place of a row that is wrong."""
+    found = Found()
+    for source in sources:
+        placed = list(source.read())
+        places = [place for place, _ in placed]
+        try:
+            found.add(places, formats.adapt([row for _, row in placed], kind))
+        except formats.BadRow as error:
+            raise UserError(f"dataset: {places[error.index]}: {error.reason}") from None
+        except ValueError as error:
+            raise UserError(f"dataset: {source.where}: {error}") from None
+    for place, row in found.rows:
+        if type(row["prompt"]) is not type(found.rows[0][1]["prompt"]):
+            raise UserError(f"dataset: {place}: field 'prompt' is text in one file and messages in another")
+    return found
+
+
+def _completed(rows: list[Row], kind: formats.Kind) -> list[Row]:
+    """The rows with all columns that any of them has: None where one lacks a column; a pair without mark is not
+    flipped."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    missing = {name: False if name == "flipped" and kind == "preferences" else None for name in columns}
+    return [missing | row for row in rows]
+
+
+def _prompt_key(prompt: formats.Answer) -> bytes:
+    """A hash of what decides a row's split: its prompt, of a conversation the first thing the user said."""
+    asked = prompt if isinstance(prompt, str) else formats.text_of(prompt)
+    if not isinstance(prompt, str):
+        asked = next((message["content"] for message in prompt if message["role"] == "user"), asked)
+    return hashlib.blake2b(asked.encode()).digest()
 
 
 # ---- generators, splits, messages -----------------------------------------------------------------------------------
@@ -326,9 +434,13 @@ def _side_of_key(key: bytes) -> Split:
     return "test" if share < HELD_OUT else "validation" if share < 2 * HELD_OUT else "train"
 
 
-def _part(rows: list[T], keys: list[bytes], split: Split) -> list[T]:
-    """The rows of `split`: by rank of their keys, which are hashes, at least one key in each split."""
-    ranked = sorted(set(keys))
+def _part(rows: list[T], keys: list[bytes], split: Split, others: Iterable[bytes] = ()) -> list[T]:
+    """The rows of `split`: by rank of their keys, which are hashes, at least one key in each split.
+
+    `others` are keys of rows that serve for another kind alone; they have their ranks too, so that every kind holds out
+    the same prompts.
+    """
+    ranked = sorted({*keys, *others})
     if len(ranked) < 3:
         if _side(split) == "train":
             return rows
@@ -336,11 +448,6 @@ def _part(rows: list[T], keys: list[bytes], split: Split) -> list[T]:
     share = max(1, round(len(ranked) * HELD_OUT))
     held_out = dict.fromkeys(ranked[:share], "test") | dict.fromkeys(ranked[share : 2 * share], "validation")
     return [row for row, key in zip(rows, keys, strict=True) if held_out.get(key, "train") == _side(split)]
-
-
-@lru_cache
-def _say_once(sentence: str) -> None:
-    log.warning(sentence)
 
 
 def _no_rows(dataset: str, what: str, split: Split) -> UserError:
