@@ -1,14 +1,19 @@
 """Where rewards come from: reward models with their own tokenizers, Python functions, ensembles, weighted sums.
 
 A reward is any `f(prompts, completions, **columns) -> list[float]`. Prompts and completions come as in the data set,
-text or lists of messages; the set's other columns come by name. No token ids cross this border, so a reward model may
-have another tokenizer and chat template than the policy.
+text or lists of messages; the set's other columns come by name. Each reward gets copies of its own, so that none reads
+what another one did to them. No token ids cross this border, so a reward model may have another tokenizer and chat
+template than the policy.
 """
 
+import copy
 import importlib
+import logging
 import math
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +29,13 @@ from reward_data.formats import answer_to, text_of
 
 RewardFunction = Callable[..., list[float]]
 Combine = Literal["mean", "min", "uwo"]
+log = logging.getLogger(__name__)
+PAUSES = (1.0, 5.0)
+"""Seconds before a reward that failed is asked again, as a judge behind a network is up again a little later."""
+MISTAKES = (TypeError, LookupError, AttributeError, NameError, ArithmeticError, AssertionError, ImportError, SystemExit)
+"""What is a mistake in the reward's code and fails again at once."""
+QUICK = 1.0
+"""Seconds: the row is looked for only in a reward that fails sooner than this."""
 
 
 class RewardModel:
@@ -132,22 +144,89 @@ class WeightedRewards:
 def checked(
     name: str, function: RewardFunction, prompts: list[Any], completions: list[Any], columns: dict[str, list]
 ) -> list[float]:
-    """Call a reward and check what comes back."""
-    try:
-        values = function(prompts, completions, **columns)
-    except UserError:
-        raise  # a member of an ensemble, which has named its row
-    except (Exception, SystemExit) as error:
-        row = _first_failing_row(function, prompts, completions, columns)
-        where = "the whole batch, no single row alone" if row is None else _row(row, prompts, completions)
-        raise UserError(f"reward {name} raised {type(error).__name__}: {error}, on {where}; mend the reward") from error
-    # A dictionary would be scored by its keys, a text by its letters
-    if isinstance(values, dict | str | bytes) or not hasattr(values, "__iter__"):
+    """Call a reward with copies of what it scores and check what comes back.
+
+    Where it raises, it is asked again after each of PAUSES, but not for one of MISTAKES. Raises UserError with the row.
+    """
+    batch = _Batch(name, function, prompts, completions, columns)
+    values = _answered(batch)
+    # A dictionary would be scored by its keys, a text by its letters; a set has no order
+    if isinstance(values, dict | str | bytes | set | frozenset) or not hasattr(values, "__iter__"):
         raise UserError(f"reward {name} returned {_short(values)} instead of a list of numbers; return one a row")
-    values = list(values)
+    values = values if isinstance(values, list) else list(values)
     if len(values) != len(prompts):
         raise UserError(f"reward {name} returned {len(values)} values for {len(prompts)} rows; return one a row")
     return [_number(value, i, name, prompts, completions) for i, value in enumerate(values)]
+
+
+@dataclass
+class _Batch:
+    """A reward and what it is to score."""
+
+    name: str
+    function: RewardFunction
+    prompts: list[Any]
+    completions: list[Any]
+    columns: dict[str, list]
+
+    def score(self, start: int = 0, end: int | None = None) -> Any:
+        """What the reward returns for a run of rows; a generator's values as a list, for it fails while it is read."""
+        given = [_copies(part[start:end]) for part in (self.prompts, self.completions, *self.columns.values())]
+        values = self.function(given[0], given[1], **dict(zip(self.columns, given[2:], strict=True)))
+        return list(values) if isinstance(values, Iterator) else values
+
+
+def _copies(values: list[Any]) -> list[Any]:
+    """Each entry copied on its own: one prompt may stand in several rows."""
+    return [copy.deepcopy(value) if isinstance(value, list | dict) else value for value in values]
+
+
+def _answered(batch: _Batch) -> Any:
+    """What a reward returns, tried up to 1 + len(PAUSES) times. Raises UserError with the row that it fails on."""
+    for pause in (*PAUSES, None):
+        start = time.perf_counter()
+        try:
+            return batch.score()
+        except UserError:
+            raise  # a member of an ensemble, which has named its row
+        except (Exception, SystemExit) as error:  # any at all: the function is the user's
+            said = f"reward {batch.name} raised {type(error).__name__}: {error}"
+            if pause is None or isinstance(error, MISTAKES):
+                quick = time.perf_counter() - start < QUICK and not isinstance(error, OSError)
+                where = _failing_row(batch) if quick else _row_range(batch)
+                tries = f" after {1 + len(PAUSES)} tries" if pause is None else ""
+                raise UserError(f"{said}, on {where}{tries}; mend the reward") from error
+            log.warning("%s; it is tried again in %g s", said, pause)
+            time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
+
+
+def _failing_row(batch: _Batch) -> str:
+    """The row that a reward fails on, by halves: at most two calls for each halving of the batch."""
+    start, end = 0, len(batch.prompts)
+    if end > 1:
+        most = 2 * math.ceil(math.log2(end))
+        log.warning("reward %s failed; it is asked for parts of the batch, at most %d, to find the row", batch.name, most)
+    while end - start > 1:
+        middle = (start + end) // 2
+        failing = next((half for half in ((start, middle), (middle, end)) if _fails(batch, *half)), None)
+        if failing is None:
+            return "the whole batch, no single row alone"
+        start, end = failing
+    return _row(start, batch.prompts, batch.completions)
+
+
+def _fails(batch: _Batch, start: int, end: int) -> bool:
+    try:
+        batch.score(start, end)
+    except (Exception, SystemExit):  # the caller reports what the whole batch raised
+        return True
+    return False
+
+
+def _row_range(batch: _Batch) -> str:
+    first = _row(0, batch.prompts, batch.completions)
+    return first if len(batch.prompts) == 1 else f"the rows 0 to {len(batch.prompts) - 1} of the batch, first {first}"
 
 
 def _number(value: Any, i: int, name: str, prompts: list[Any], completions: list[Any]) -> float:
@@ -201,6 +280,8 @@ def load_rewards(
     weights = [1.0] * len(names) if weights is None else list(weights)
     if len(weights) != len(names):
         raise UserError(f"{len(weights)} reward_weights for {len(names)} rewards; give one weight a reward")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise UserError(f"reward_weights: {', '.join(map(str, weights))} must be finite numbers")
     sources = []
     for name, weight in zip(names, weights, strict=True):
         members = [
@@ -239,17 +320,6 @@ def load_function(name: str) -> RewardFunction:
     if not callable(reward):
         raise UserError(f"reward {name}: the module {module} has no function {function}")
     return reward
-
-
-def _first_failing_row(
-    function: RewardFunction, prompts: list[Any], completions: list[Any], columns: dict[str, list]
-) -> int | None:
-    for i in range(len(prompts)):
-        try:
-            function([prompts[i]], [completions[i]], **{name: [column[i]] for name, column in columns.items()})
-        except (Exception, SystemExit):  # any at all: the function is the user's; the caller reports what it raised
-            return i
-    return None
 
 
 def _row(i: int, prompts: list[Any], completions: list[Any]) -> str:
