@@ -182,8 +182,12 @@ def _copies(values: list[Any]) -> list[Any]:
 
 
 def _answered(batch: _Batch) -> Any:
-    """What a reward returns, tried up to 1 + len(PAUSES) times. Raises UserError with the row that it fails on."""
-    for pause in (*PAUSES, None):
+    """What a reward returns, tried up to 1 + len(PAUSES) times. Raises UserError with the row that it fails on.
+
+    A model of ours is asked once: what fails in it has nothing to wait for.
+    """
+    pauses = () if isinstance(batch.function, RewardModel) else PAUSES
+    for pause in (*pauses, None):
         start = time.perf_counter()
         try:
             return batch.score()
@@ -194,7 +198,7 @@ def _answered(batch: _Batch) -> Any:
             if pause is None or isinstance(error, MISTAKES):
                 quick = time.perf_counter() - start < QUICK and not isinstance(error, OSError)
                 where = _failing_row(batch) if quick else _row_range(batch)
-                tries = f" after {1 + len(PAUSES)} tries" if pause is None else ""
+                tries = f" after {1 + len(pauses)} tries" if pauses and pause is None else ""
                 raise UserError(f"{said}, on {where}{tries}; mend the reward") from error
             log.warning("%s; it is tried again in %g s", said, pause)
             time.sleep(pause)

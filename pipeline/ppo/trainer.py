@@ -28,8 +28,9 @@ from pipeline.ppo import algorithm as A
 from pipeline.ppo.advantages import ESTIMATORS, check_estimator
 from pipeline.ppo.config import PPOConfig, check_config
 from pipeline.ppo.evaluation import Evaluator
+from pipeline.ppo.inputs import check_kinds
 from pipeline.ppo.learner import Learner
-from pipeline.ppo.models import build_models, check_models, embedding_count, end_tokens_of
+from pipeline.ppo.models import build_models, check_models, embedding_count, end_tokens_of, follow_models
 from pipeline.ppo.recorder import Prints, Recorder
 from pipeline.ppo.rollout import (
     SAMPLING,
@@ -57,7 +58,8 @@ class PPOTrainer:
                       in place
     rewards           `f(prompts, completions, **columns) -> list[float]`, or several, which are added up
     args              PPOConfig
-    train_dataset     rows with `prompt` (text or messages); other columns go to the rewards
+    train_dataset     rows with `prompt` (text or messages): a Dataset, a list, a dictionary of lists or a DataFrame;
+                      other columns go to the rewards
     processing_class  the policy's tokenizer
     critic            sequence classifier with one label; trained in place; None with `share_trunk` or `rloo`
     reference         model of the same vocabulary, frozen here; None: a copy of the policy as it is now, or the policy
@@ -86,10 +88,11 @@ class PPOTrainer:
         gold: RewardFunction | None = None,
         eval_dataset: Any = None,
         ptx_dataset: Any = None,
-        callbacks: Sequence[Callback] = (),
+        callbacks: Callback | Sequence[Callback] = (),
         recorder: Recorder | None = None,
     ) -> None:
-        self.args, self.processing_class, self.callbacks = args, processing_class, list(callbacks)
+        self.callbacks = check_kinds(policy, reference, critic, args, processing_class, gold, callbacks)
+        self.args, self.processing_class = args, processing_class
         self.recorder = recorder or Prints(args)
         accelerator = self.accelerator = self.recorder.accelerator
         check_config(args, accelerator.num_processes)
@@ -108,6 +111,8 @@ class PPOTrainer:
         if accelerator.device.type == "cpu":
             keep_freed_memory()
         self.models = build_models(policy, reference, critic, args, accelerator.device)
+        for sentence in follow_models(self.models, self.prompts.ids[:4], accelerator.device):
+            self.recorder.say(sentence)
         self.learner = Learner(self.models, args, accelerator, ptx)
         self.evaluator: Evaluator | None = None
         if held_out is not None:
