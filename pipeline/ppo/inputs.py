@@ -1,7 +1,7 @@
 """What `PPOTrainer` is given from Python, looked at before any work: rows in their usual shapes, and arguments of the
 right kind; every other thing is a sentence."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -51,8 +51,8 @@ def as_rows(given: Any, column: str, name: str) -> Any:
     if hasattr(given, "to_dict") and hasattr(given, "iloc"):  # pandas: a table, or one column
         table = given.to_frame(column) if not hasattr(given, "columns") else given
         given = table.astype(object).where(table.notna(), None).to_dict("records")
-    if hasattr(given, "to_pylist"):  # a table of pyarrow
-        given = given.to_pylist()
+    for method in ("to_pylist", "to_dicts"):  # tables of pyarrow and polars
+        given = getattr(given, method)() if hasattr(given, method) else given
     if isinstance(given, str | bytes) or not hasattr(given, "__len__") or not hasattr(given, "__getitem__"):
         raise UserError(f"{name} is a {_kind(given)}; give a list of rows or a Dataset that is not streamed")
     if len(given) == 0:
@@ -60,6 +60,8 @@ def as_rows(given: Any, column: str, name: str) -> Any:
     rows = _filled_up(given, column, name) if _is_plain(given) else given
     if not isinstance(rows[0], Mapping):
         raise UserError(f"{name}, row 0 is a {_kind(rows[0])}; give dictionaries with a column {column!r}, or texts")
+    if wrong := [key for key in rows[0] if not isinstance(key, str)]:
+        raise UserError(f"{name} has a column called {wrong[0]!r}, which is no text; rename it")
     if column not in rows[0]:
         raise UserError(f"{name} has no column {column!r} but {', '.join(map(repr, rows[0]))}; rename the column")
     return rows
@@ -100,6 +102,24 @@ def _filled_up(given: Sequence[Any], column: str, name: str) -> list[dict[str, A
         raise UserError(f"{name} mixes dictionaries and {_kind(next(r for r in given if not isinstance(r, Mapping)))}s")
     names = list(dict.fromkeys(key for row in rows for key in row))
     return [{key: row.get(key) for key in names} for row in rows]
+
+
+def as_list(given: Any, name: str) -> list[Any]:
+    """What `PPOTrainer.step` is given, one thing an answer, as a list."""
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        raise UserError(f"step: {name} is a {_kind(given)}; give a list with one entry for each answer")
+    return list(given)
+
+
+def as_numbers(given: Any, name: str) -> list[float]:
+    """Scores as numbers; UserError with the row for what is none."""
+    numbers = []
+    for i, value in enumerate(as_list(given, name)):
+        try:
+            numbers.append(float(value))
+        except (TypeError, ValueError):
+            raise UserError(f"step, row {i}: {_short(value)} in {name} is not a number") from None
+    return numbers
 
 
 def check_prompts(prompts: Sequence[Any], name: str) -> None:

@@ -208,14 +208,17 @@ def as_ids(rows: Sequence[Any], tokenizer: Any, end_token: int | None = None) ->
     With `end_token` they are answers: text is encoded as it is and ended by that token.
     """
     ids = []
-    for row in rows:
+    for i, row in enumerate(rows):
         if isinstance(row, str) or (isinstance(row, list) and row and isinstance(row[0], dict)):
             if end_token is None:
                 ids += prompt_ids(tokenizer, [row])
             else:
                 ids.append([*encode(tokenizer, [text_of(row)], add_special_tokens=False)[0], end_token])
         else:
-            ids.append([int(token) for token in row])
+            try:
+                ids.append([int(token) for token in row])
+            except (TypeError, ValueError):
+                raise UserError(f"step, row {i}: give token ids, text or messages, not {row!r:.60}") from None
     return ids
 
 

@@ -28,8 +28,9 @@ from pipeline.ppo import algorithm as A
 from pipeline.ppo.advantages import ESTIMATORS, check_estimator
 from pipeline.ppo.config import PPOConfig, check_config
 from pipeline.ppo.evaluation import Evaluator
-from pipeline.ppo.inputs import check_kinds
+from pipeline.ppo.inputs import as_list, as_numbers, check_kinds
 from pipeline.ppo.learner import Learner
+from pipeline.ppo.metrics import zero_std_share
 from pipeline.ppo.models import build_models, check_models, embedding_count, end_tokens_of, follow_models
 from pipeline.ppo.recorder import Prints, Recorder
 from pipeline.ppo.rollout import (
@@ -97,10 +98,10 @@ class PPOTrainer:
         accelerator = self.accelerator = self.recorder.accelerator
         check_config(args, accelerator.num_processes)
         check_estimator(args)
+        self.context = check_models(policy, reference, critic, args, processing_class)
         end_tokens, warning = end_tokens_of(policy, processing_class)
         if warning:
             self.recorder.say(f"warning: {warning}")
-        self.context = check_models(policy, reference, critic, args, processing_class)
         self.prompts = self._prompts(train_dataset, "train_dataset")
         self.rewards = combined(rewards)
         sampler = OwnSampler() if sampler is None else sampler
@@ -156,10 +157,10 @@ class PPOTrainer:
         if args.sampler_weight_cap is not None and logprobs is None:
             raise UserError("step: sampler_weight_cap is set; pass the sampler's logprobs, or set it to none")
         rows = GivenRows(
-            prompts=as_ids(prompts, self.processing_class),
-            completions=as_ids(completions, self.processing_class, answerer.end_tokens[0]),
-            scores=[float(score) for score in scores],
-            logprobs=None if logprobs is None else list(logprobs),
+            prompts=as_ids(as_list(prompts, "prompts"), self.processing_class),
+            completions=as_ids(as_list(completions, "completions"), self.processing_class, answerer.end_tokens[0]),
+            scores=as_numbers(scores, "scores"),
+            logprobs=None if logprobs is None else as_list(logprobs, "logprobs"),
         )
         group = args.num_generations if ESTIMATORS[args.advantage_estimator].grouped else 1
         rows.check(
@@ -168,7 +169,9 @@ class PPOTrainer:
         self._begin()
         start = self.learner.clock()
         rollout = rows.rollout(answerer.end_tokens, answerer.pad_token, self.accelerator.device)
+        same = zero_std_share(rollout.scores, group, self.learner.reduce)
         rollout.scores, metrics = self.shape_scores(rollout.scores, rollout.ended)
+        metrics["objective/frac_reward_zero_std"] = same
         return self.learn(rollout, metrics | {"time/sample": 0.0, "time/score": 0.0}, start)
 
     def sample(self, update: int) -> tuple[Rollout, dict[str, float]]:
@@ -181,7 +184,9 @@ class PPOTrainer:
         self.answerer.sync(self.models.policy)
         samples, completions = self.answerer.answer(batch, seeded(args.seed, SAMPLING, update, rank))
         sampled = clock()
-        scores, metrics = self.shape_scores(self.score(batch, completions), samples.ended)
+        rewards = self.score(batch, completions)
+        scores, metrics = self.shape_scores(rewards, samples.ended)
+        metrics["objective/frac_reward_zero_std"] = zero_std_share(rewards, args.num_generations, self.learner.reduce)
         return Rollout.of(samples, scores), metrics | {"time/sample": sampled - start, "time/score": clock() - sampled}
 
     def learn(self, rollout: Rollout, metrics: dict[str, float], start: float) -> dict[str, float]:

@@ -219,10 +219,19 @@ def stage_table(run: Run) -> Table:
     """The time, data, parameters and headline figures of every finished stage."""
     rows = {}
     for name, record in run.stages.items():
-        figures = [(run.final(name, metric), form) for metric, form in STAGES[name].figures]
-        said = ", ".join(form.format(value) for value, form in figures if value is not None)
+        figures = [_figure(run, name, metric, form) for metric, form in STAGES[name].figures]
+        said = ", ".join(figure for figure in figures if figure)
         rows[name] = [name, duration(record["seconds"]), _data(record), _parameters(run.folder / name), said or "–"]
     return Table(["Stage", "Time", "Data", "Parameters", "Result"], rows)
+
+
+def _figure(run: Run, stage: str, metric: str, form: str) -> str:
+    """A figure in words, with its interval and number where the stage recorded `<metric>_ci95` and `<metric>_n`."""
+    value, interval, n = (run.final(stage, metric + end) for end in ("", "_ci95", "_n"))
+    if value is None:
+        return ""
+    within = f" (95% interval {interval[0]:.1%} to {interval[1]:.1%}, n {n})" if interval and n else ""
+    return form.format(value) + within
 
 
 def _data(record: dict[str, Any]) -> str:
