@@ -210,7 +210,9 @@ def _failing_row(batch: _Batch) -> str:
     start, end = 0, len(batch.prompts)
     if end > 1:
         most = 2 * math.ceil(math.log2(end))
-        log.warning("reward %s failed; it is asked for parts of the batch, at most %d, to find the row", batch.name, most)
+        log.warning(
+            "reward %s failed; it is asked for parts of the batch, at most %d, to find the row", batch.name, most
+        )
     while end - start > 1:
         middle = (start + end) // 2
         failing = next((half for half in ((start, middle), (middle, end)) if _fails(batch, *half)), None)

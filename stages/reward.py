@@ -105,7 +105,9 @@ def accuracies(reward: RewardModel, held_out: Dataset, folder: Path) -> dict[str
 def accuracy_sentence(metrics: dict[str, Any]) -> str:
     """The held-out accuracy with its interval, and a warning where guessing would do as well."""
     low, high = metrics["accuracy_ci95"]
-    said = f"held-out accuracy {metrics['accuracy']:.3f}, 95% interval {low:.3f} to {high:.3f}, n {metrics['accuracy_n']}"
+    said = (
+        f"held-out accuracy {metrics['accuracy']:.3f}, 95% interval {low:.3f} to {high:.3f}, n {metrics['accuracy_n']}"
+    )
     if low > 0.5:
         return said
     return f"warning: {said}: no better than guessing; see whether the labels fit the answers, or give more pairs"

@@ -116,7 +116,9 @@ def _load(
     except ERRORS as error:
         raise cannot_open("model", path, error) from None
     if getattr(config, "auto_map", None):
-        log.warning("%s brings Python code of its own (auto_map), which is not run: it opens as %s", path, type(model).__name__)
+        log.warning(
+            "%s brings Python code of its own (auto_map), which is not run: it opens as %s", path, type(model).__name__
+        )
     return (model.to(device) if device is not None else model).eval(), info
 
 

@@ -21,7 +21,9 @@ def check_kinds(
     for name, model in (("policy", policy), ("reference", reference), ("critic", critic)):
         if not isinstance(model, nn.Module) and not (model is None and name != "policy"):
             opener = "load_critic" if name == "critic" else "load_policy"
-            raise UserError(f"{name} is a {_kind(model)}; pass a model ({opener} of pipeline.model.load opens a folder)")
+            raise UserError(
+                f"{name} is a {_kind(model)}; pass a model ({opener} of pipeline.model.load opens a folder)"
+            )
     if processing_class is None:
         raise UserError("processing_class is missing; pass the policy's tokenizer")
     if not isinstance(processing_class, PreTrainedTokenizerBase):

@@ -9,7 +9,6 @@ from pipeline.ppo import algorithm as A
 from pipeline.ppo.algorithm import Reduce
 from pipeline.ppo.rollout import Rollout
 
-
 SAME = 1e-6  # relative difference up to which two scores are one, as rounding makes
 
 

@@ -17,7 +17,6 @@ from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.forward import ReferenceLogprobs, TokenLogprobs, TokenLogprobsAndValues, TokenValues, value_head
 from pipeline.text.tokenizer import check_fits, stop_ids
 
-
 COMPARED = 32  # tokens of a prompt on which a model's logits are compared with its head's
 
 
