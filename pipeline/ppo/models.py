@@ -64,7 +64,7 @@ def build_models(
 
 
 def follow_models(models: Models, prompts: list[list[int]], device: torch.device) -> list[str]:
-    """See on the beginning of some prompts (token ids) whether the log-probabilities that PPO takes are the models' own.
+    """See on the beginning of some prompts (token ids) whether PPO's log-probabilities are those of the models.
 
     Where a model's head is not the last step to its logits, they are taken from its forward pass from now on; returns a
     sentence about it.

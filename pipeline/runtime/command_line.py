@@ -147,10 +147,11 @@ def _read_yaml(words: list[str]) -> list[Setting]:
 def _setting(file: str, name: str, value: yaml.Node) -> Setting:
     """A line of a YAML file. Raises UserError for anything but a value or a list of values."""
     parts = value.value if isinstance(value, yaml.SequenceNode) else [value]
-    if not all(isinstance(part, yaml.ScalarNode) for part in parts):
+    words = [part for part in parts if isinstance(part, yaml.ScalarNode)]
+    if len(words) < len(parts):
         raise UserError(f"{file}: {name}: a value or a list of values is needed, not a mapping or a list of lists")
-    quoted = tuple(part.style is not None for part in parts)  # None: a plain word
-    return Setting(file, name, [part.value for part in parts], isinstance(value, yaml.SequenceNode), quoted)
+    quoted = tuple(word.style is not None for word in words)  # None: a plain one
+    return Setting(file, name, [word.value for word in words], isinstance(value, yaml.SequenceNode), quoted)
 
 
 def _value(kind: type, given: Setting) -> Any:
