@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.bounds import check_bounds
 from pipeline.errors import UserError
 from pipeline.ppo.config import PPOConfig
 
@@ -18,6 +19,7 @@ def check_kinds(
     if not isinstance(args, PPOConfig):
         hint = "PPOConfig(**args)" if isinstance(args, dict) else "a PPOConfig"
         raise UserError(f"args is a {_kind(args)}; pass {hint}")
+    check_bounds(args)
     for name, model in (("policy", policy), ("reference", reference), ("critic", critic)):
         if not isinstance(model, nn.Module) and not (model is None and name != "policy"):
             opener = "load_critic" if name == "critic" else "load_policy"

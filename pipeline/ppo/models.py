@@ -125,11 +125,8 @@ def _check_speaks(name: str, model: nn.Module) -> None:
     """Refuse what is no causal language model of transformers or ours."""
     if not hasattr(model, "get_input_embeddings") or not hasattr(model, "generate"):
         raise UserError(f"the {name} is a {type(model).__name__}; pass a causal language model of transformers")
-    config: Any = model.config
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(model.config, "is_encoder_decoder", False):
         raise UserError(f"the {name} {type(model).__name__} has an encoder; pass a causal language model")
-    if not model.can_generate():  # type: ignore[operator]
-        raise UserError(f"the {name} {type(model).__name__} has no head for the next token; pass a ...ForCausalLM")
 
 
 def _check_critic(critic: nn.Module | None, args: PPOConfig) -> None:
