@@ -124,14 +124,20 @@ def _load(
 
 def _load_adapter(path: str, *kinds: Any, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A LoRA adapter merged into its base model; what the adapter brings whole, such as a head, is not missing."""
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     model, info = _load(base_of_adapter(path), *kinds, **kwargs)
     try:
-        merged = PeftModel.from_pretrained(model, path).merge_and_unload().eval()
         with safe_open(Path(path) / "adapter_model.safetensors", framework="pt") as tensors:
-            brought = {name.removeprefix("base_model.model.") for name in tensors.keys()}  # noqa: SIM118
-    except (*ERRORS, KeyError, TypeError) as error:
+            names = {name.removeprefix("base_model.model.") for name in tensors.keys()}  # noqa: SIM118
+        brought = {name for name in names if "lora_" not in name}
+        if strange := sorted(brought - model.state_dict().keys()):
+            raise ValueError(f"it has weights for {_some(strange)}, which {type(model).__name__} has not")
+        config = PeftConfig.from_pretrained(path)
+        if config.task_type != "SEQ_CLS":
+            config.task_type = None  # a policy's adapter fits a critic's trunk, too
+        merged = PeftModel.from_pretrained(model, path, config=config).merge_and_unload().eval()
+    except (*ERRORS, KeyError, TypeError, AttributeError) as error:
         raise cannot_open("adapter", path, error) from None
     if brought & {"score.weight", "classifier.weight"}:
         forget_scale(merged)
