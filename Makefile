@@ -161,7 +161,7 @@ course: | $(READY) ## the models of the course one after the other, and the loss
 ablation-ppo: | $(READY) ## what each of PPO's defaults is worth (ARGS="--runs runs/a runs/b": folders that have a reward model)
 	@python -m benchmarks.ppo_ablation $(ARGS)
 figures: | $(READY) ## the README's table and picture, from the files of finished runs (RUNS="runs/a runs/b")
-	@python -m benchmarks.figures --runs $(foreach run,$(RUNS),$(call quoted,$(run))) $(ARGS)
+	@python -m benchmarks.figures --runs $(RUNS) $(ARGS)
 check: | $(READY) ## whether a finished run reaches the figures that its preset expects
 	@python -m benchmarks.check --runs $(RUN) $(ARGS)
 

@@ -51,13 +51,13 @@ def zero_std_share(scores: Tensor, group: int, reduce: Reduce) -> float:
     if group > 1:
         groups = scores.view(-1, group)
         centre, off = groups.mean(1), (groups - groups.mean(1, keepdim=True)).abs().amax(1)
-        same, count = (off <= SAME * centre.abs().clamp(min=1)).sum(), len(groups)
+        same, count = (off <= SAME * centre.abs()).sum(), len(groups)
         total = reduce(torch.stack([same.double(), torch.full_like(centre[0], count)]))
         return (total[0] / total[1]).item()
     total = reduce(torch.stack([scores.sum(), torch.full_like(scores[0], len(scores))]))
     mean = total[0] / total[1]
     off = reduce((scores - mean).abs().sum()) / total[1]
-    return float(off <= SAME * mean.abs().clamp(min=1))
+    return float(off <= SAME * mean.abs())
 
 
 class MetricSums:
