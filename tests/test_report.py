@@ -296,3 +296,10 @@ def test_the_end_of_the_run_is_shown(run: Path) -> None:
         r"9 min 20 s in all",
     ):
         assert re.search(words, shown.replace("\n", " ")), words
+
+
+def test_the_accuracy_stands_with_its_interval_and_number(run: Path) -> None:
+    cells = report.stage_table(report.read_run(run)).rows["reward"]
+    assert cells[-1] == "87.1% of held-out pairs right (95% interval 84.0% to 89.6%, n 551)"
+    page = (run / "report" / "report.html").read_text(encoding="utf-8")
+    assert "of held-out pairs right (95% interval 84.0% to 89.6%, n 551)" in " ".join(page.split())
