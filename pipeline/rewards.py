@@ -58,7 +58,12 @@ class RewardModel:
         if config.num_labels != 1:
             raise UserError(f"{path} is a classifier with {config.num_labels} labels; a reward needs one")
         fit_embeddings(self.model, self.tokenizer, self.path)
-        self.mean, self.std = float(getattr(config, "reward_mean", 0.0)), float(getattr(config, "reward_std", 1.0))
+        self.mean, self.std = getattr(config, "reward_mean", 0.0), getattr(config, "reward_std", 1.0)
+        if not all(isinstance(x, int | float) and math.isfinite(x) for x in (self.mean, self.std)) or self.std <= 0:
+            raise UserError(
+                f"{path}: reward_mean {self.mean!r} and reward_std {self.std!r} in config.json must be finite numbers, "
+                "the second above 0; train the reward model again"
+            )
         self.context = getattr(config, "max_position_embeddings", None)
 
     def __call__(self, prompts: list[Any], completions: list[Any], **columns: list) -> list[float]:
@@ -290,13 +295,20 @@ def load_rewards(
         raise UserError(f"reward_weights: {', '.join(map(str, weights))} must be finite numbers")
     sources = []
     for name, weight in zip(names, weights, strict=True):
-        members = [
-            load_function(part) if is_function_name(part) else RewardModel(part, device, mixed_precision)
-            for part in reward_names([name])
-        ]
+        members = [_load_reward(part, device, mixed_precision) for part in reward_names([name])]
+        if not members:
+            raise UserError(f"reward {name!r} names no reward model and no function")
         reward = members[0] if len(members) == 1 else Ensemble(members, ensemble, uwo_coef)
         sources.append((name, reward, weight))
     return WeightedRewards(sources)
+
+
+def _load_reward(name: str, device: torch.device | str | None, mixed_precision: str) -> RewardFunction:
+    if is_function_name(name):
+        return load_function(name)
+    if ":" in name and "/" not in name and not Path(name).exists():
+        raise UserError(f"reward {name}: there is no such folder, and a function is named module:function")
+    return RewardModel(name, device, mixed_precision)
 
 
 def reward_names(names: Sequence[str]) -> list[str]:
@@ -308,12 +320,14 @@ def reward_names(names: Sequence[str]) -> list[str]:
 def is_function_name(name: str) -> bool:
     """Whether a name is `package.module:function` and not a path."""
     module, colon, function = name.partition(":")
-    return bool(colon) and function.isidentifier() and not Path(name).exists() and "/" not in module
+    return bool(colon and module) and function.isidentifier() and not Path(name).exists() and "/" not in module
 
 
 def load_function(name: str) -> RewardFunction:
     """Import `package.module:function`; the current folder is searched too."""
     module, _, function = name.partition(":")
+    if not module or not function:
+        raise UserError(f"{name!r} is no function; write module:function")
     if "" not in sys.path and "." not in sys.path:
         sys.path.append(".")
     try:

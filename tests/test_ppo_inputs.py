@@ -106,6 +106,7 @@ def test_a_column_that_some_rows_lack_is_none_there(tmp_path):
         ([{"prompt": ["t6"]}], "row 0: 't6' is no message"),
         ([{"prompt": [{"role": "user"}]}], "is no message; give it a role and a content"),
         ([{"prompt": [{"role": "user", "content": [{"type": "image"}]}]}], "the content .* is not text"),
+        (["t6", "t7 \ud83d"], r"row 1: '\\ud83d' is half of a character"),
         ([{"prompt": "t6", "prompts": 1}], "the column 'prompts' has the name of what rewards are given"),
     ],
 )

@@ -4,13 +4,14 @@ A Qwen3 folder opens as our own GPT (pipeline/model/gpt.py), which is faster whe
 transformers opens as its stock class. All come in fp32 and in eval mode: autocast chooses the precision of products.
 """
 
+import json
 import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
@@ -21,8 +22,6 @@ from pipeline.text.sources import is_local
 from pipeline.text.tokenizer import ADAPTER, base_of_adapter, cannot_open, check_fits
 
 log = logging.getLogger(__name__)
-# What the libraries raise for a folder that cannot be opened; RuntimeError: weights of another shape
-ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
 
 
 def load_policy(path: str, device: torch.device | str | None = None) -> PreTrainedModel:
@@ -33,7 +32,24 @@ def load_policy(path: str, device: torch.device | str | None = None) -> PreTrain
     model, info = _load(path, GPTForCausalLM, AutoModelForCausalLM, device)
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{path} lacks weights of its language model ({_some(missing)}); give a complete folder")
+    if heads := sorted({"score.weight", "classifier.weight"} & set(info["unexpected_keys"])):
+        raise UserError(f"{path} is a classifier ({heads[0]}), such as a reward model, and no language model")
+    _check_ends(model, path)
     return model
+
+
+def _check_ends(model: PreTrainedModel, path: str) -> None:
+    """Refuse a generation_config.json that transformers passed over, and end tokens that are no ids."""
+    file = Path(path).expanduser() / "generation_config.json"
+    try:
+        if file.is_file() and not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
+            raise ValueError("no object")
+    except ValueError:
+        raise UserError(f"{file} is damaged; it names the tokens that end an answer") from None
+    ends: Any = getattr(model.generation_config, "eos_token_id", None)
+    ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if ends == [] or not all(isinstance(token, int) and token >= 0 for token in ids):
+        raise UserError(f"{file}: eos_token_id {ends!r} must be the number of a token, or a list of them")
 
 
 def load_reward(path: str, device: torch.device | str | None = None, trained: bool = True) -> PreTrainedModel:
@@ -59,7 +75,9 @@ def _some(names: list[str]) -> str:
 def load_critic(path: str, device: torch.device | str | None = None) -> PreTrainedModel:
     """A value model: the trunk of `path` (a policy or a reward model), a new head N(0, 1/(d+1)) (arXiv 2403.17031)."""
     critic = load_reward(path, device, trained=False)
-    head: Any = critic.score
+    head: Any = getattr(critic, "score", None)
+    if not isinstance(head, nn.Linear):
+        raise UserError(f"{path} opens as {type(critic).__name__}, which has no linear head `score` for a critic")
     nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
     forget_scale(critic)
     return critic
@@ -111,9 +129,14 @@ def _load(
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         kind = ours if config.model_type == "qwen3" else stock
+        classifies = any("SequenceClassification" in name for name in config.architectures or ())
+        if kwargs.get("num_labels") == 1 and classifies and config.num_labels != 1:
+            raise UserError(f"{path} is a classifier with {config.num_labels} labels; a reward needs one")
         options = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
         model, info = kind.from_pretrained(path, **options, **kwargs)
-    except ERRORS as error:
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise a dozen kinds for a damaged folder
         raise cannot_open("model", path, error) from None
     if getattr(config, "auto_map", None):
         log.warning(
@@ -137,7 +160,7 @@ def _load_adapter(path: str, *kinds: Any, **kwargs: Any) -> tuple[PreTrainedMode
         if config.task_type != "SEQ_CLS":
             config.task_type = None  # a policy's adapter fits a critic's trunk, too
         merged = PeftModel.from_pretrained(model, path, config=config).merge_and_unload().eval()
-    except (*ERRORS, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:
         raise cannot_open("adapter", path, error) from None
     if brought & {"score.weight", "classifier.weight"}:
         forget_scale(merged)

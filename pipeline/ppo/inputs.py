@@ -133,6 +133,7 @@ def check_prompts(prompts: Sequence[Any], name: str) -> None:
         if isinstance(prompt, str) != isinstance(prompts[0], str):
             raise UserError(f"{where}: some prompts are text and some are messages; give all in one way")
         if isinstance(prompt, str):
+            _check_text(prompt, where)
             continue
         if not isinstance(prompt, list) or not prompt:
             raise UserError(f"{where}: the prompt is {_short(prompt)}; give text or a list of messages")
@@ -141,6 +142,14 @@ def check_prompts(prompts: Sequence[Any], name: str) -> None:
                 raise UserError(f"{where}: {_short(message)} is no message; give it a role and a content")
             if not isinstance(message["content"], str):
                 raise UserError(f"{where}: the content {_short(message['content'])} is not text")
+            _check_text(message["content"], where)
+
+
+def _check_text(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: {text[error.start]!r} is half of a character, which no tokenizer reads") from None
 
 
 def _kind(value: Any) -> str:

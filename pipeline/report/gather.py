@@ -190,9 +190,10 @@ def headline(run: Run) -> tuple[str, str]:
         return "No verdict yet", f"Finished so far: {done}. The policies have not been judged: run make evaluate."
     sft, ppo, win = run.policies["sft"], run.policies["ppo"], run.win_rate.get("ppo_vs_sft")
     if win is None:
+        before, after, kl = number(sft["proxy"], ".2f"), number(ppo["proxy"], ".2f"), number(ppo["kl"], ".1f")
         return "No gold judge", (
-            f"Without one, all there is to see is that PPO moved the reward model's score from "
-            f"{number(sft['proxy'], '.2f')} to {number(ppo['proxy'], '.2f')} at a KL of {number(ppo['kl'], '.1f')} nats."
+            f"Without one, all there is to see is that PPO moved the reward model's score from {before} to {after} at "
+            f"a KL of {kl} nats."
         )
     low, high = win["ci95"]
     verdict = "better" if low > 0.5 else "worse" if high < 0.5 else None

@@ -117,7 +117,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         return load_tokenizer(base_of_adapter(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the libraries raise a dozen kinds for a damaged folder
         raise cannot_open("tokenizer", path, error) from None
     vocabulary = tokenizer.get_vocab()
     if vocabulary.keys() <= set(tokenizer.all_special_tokens):
@@ -152,7 +152,11 @@ def cannot_open(what: str, path: str, error: Exception) -> UserError:
             f"{path} brings Python code of its own (auto_map), which is never run here; take a {what} of an "
             "architecture that transformers knows"
         )
-    return UserError(f"no {what} can be opened from {path}: {one_line(error)}")
+    if "ignore_mismatched_sizes" in str(error):
+        return UserError(
+            f"no {what} can be opened from {path}: its weights have other shapes than its config.json says"
+        )
+    return UserError(f"no {what} can be opened from {path}: {one_line(error) or type(error).__name__}")
 
 
 def check_fits(tokenizer: PreTrainedTokenizerBase, vocab_size: int, what: str) -> None:
