@@ -8,6 +8,7 @@ template than the policy.
 
 import copy
 import importlib
+import inspect
 import logging
 import math
 import sys
@@ -264,6 +265,32 @@ def combined(rewards: RewardFunction | Sequence[RewardFunction]) -> RewardFuncti
     if not functions:
         raise UserError("no reward is given; pass at least one function or reward model")
     return WeightedRewards([(name_of(f), f, 1.0) for f in functions])
+
+
+def check_takes(rewards: RewardFunction, columns: Sequence[str], name: str = "") -> None:
+    """Raise UserError for a reward, in a sum or an ensemble too, that cannot be called with these columns by name."""
+    if isinstance(rewards, WeightedRewards):
+        for source, function, _ in rewards.sources:
+            check_takes(function, columns, source)
+    elif isinstance(rewards, Ensemble):
+        for member in rewards.members:
+            check_takes(member, columns)
+    else:
+        name = name or name_of(rewards)
+        try:
+            signature = inspect.signature(rewards)
+        except (TypeError, ValueError):  # a function of C says nothing of itself
+            return
+        try:
+            signature.bind([], [], **{column: [] for column in columns})
+        except TypeError as error:
+            given = ", ".join(("prompts", "completions", *columns))
+            raise UserError(
+                f"reward {name} cannot be called with {given} ({error}); give it the parameters prompts, completions "
+                "and **columns"
+            ) from None
+        if inspect.iscoroutinefunction(rewards):
+            raise UserError(f"reward {name} is an async function, which nobody awaits here; give a plain one")
 
 
 def name_of(function: RewardFunction) -> str:

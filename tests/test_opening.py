@@ -10,13 +10,19 @@ import torch
 from conftest import ROOT
 from peft import LoraConfig, PeftModel, get_peft_model
 from ppo_tools import config, critic, policy, tokenizer
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+)
 
 from pipeline.errors import UserError
 from pipeline.model.gpt import GPTForSequenceClassification
 from pipeline.model.load import load_critic, load_policy, load_reward
 from pipeline.model.lora import add_lora
-from pipeline.rewards import RewardModel
+from pipeline.rewards import RewardModel, load_function, load_rewards
 from pipeline.text.tokenizer import load_tokenizer
 
 TALK = [[{"role": "user", "content": text}] for text in ("t6 t7", "t8")]
@@ -201,3 +207,81 @@ def test_chat_asks_nothing_and_says_why(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, *words], cwd=ROOT, input="y\ny\ny\n", capture_output=True, text=True)
     assert done.returncode == 2 and "which is never run here" in done.stderr and "y/N" not in done.stdout + done.stderr
     assert not (tmp_path / "marker").exists() and "Traceback" not in done.stderr
+
+
+# --- folders that cannot be opened ------------------------------------------------------------------------------------
+
+
+def changed(folder: Path, file: str, content: object) -> None:
+    """Put a text in place of a file, or change keys of its JSON; None removes it."""
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((folder / file).read_text()) | content)
+    (folder / file).unlink() if content is None else (folder / file).write_text(str(content))
+
+
+ENDS = "must be the number of a token, or a list of them"
+DAMAGED = [
+    (load_policy, "config.json", "{", "no model can be opened"),
+    (load_policy, "config.json", "[]", "no model can be opened"),
+    (load_policy, "config.json", {"hidden_size": "x"}, "no model can be opened"),
+    (load_policy, "config.json", {"num_attention_heads": 0}, "no model can be opened"),
+    (load_policy, "config.json", {"hidden_size": 64}, "its weights have other shapes than its config.json says"),
+    (load_policy, "config.json", {"model_type": "zzz"}, "no model can be opened"),
+    (load_policy, "config.json", {"model_type": "t5"}, "no model can be opened"),
+    (load_policy, "config.json", {"use_sliding_window": True}, "full attention, silu"),
+    (load_policy, "config.json", None, "is no model folder"),
+    (load_policy, "model.safetensors", "cut", "no model can be opened"),
+    (load_policy, "model.safetensors", None, "no model can be opened"),
+    (load_policy, "generation_config.json", "{", "generation_config.json is damaged"),
+    (load_policy, "generation_config.json", "[]", "no model can be opened"),
+    (load_policy, "generation_config.json", {"eos_token_id": "x"}, ENDS),
+    (load_policy, "generation_config.json", {"eos_token_id": []}, ENDS),
+    (load_policy, "generation_config.json", {"eos_token_id": [1, None]}, ENDS),
+    (load_policy, "generation_config.json", {"eos_token_id": -1}, ENDS),
+    (load_tokenizer, "tokenizer.json", "{", "no tokenizer can be opened"),
+    (load_tokenizer, "tokenizer.json", "[]", "no tokenizer can be opened"),
+    (load_tokenizer, "tokenizer_config.json", "[]", "no tokenizer can be opened"),
+]
+
+
+@pytest.mark.parametrize(("opener", "file", "content", "sentence"), DAMAGED)
+def test_a_damaged_folder_is_a_sentence(tmp_path: Path, opener, file: str, content, sentence: str) -> None:
+    model = policy()
+    model.generation_config.eos_token_id = 1
+    model.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    changed(tmp_path, file, content)
+    with pytest.raises(UserError, match=sentence) as error:
+        opener(str(tmp_path))
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_a_model_of_another_kind_is_a_sentence(tmp_path: Path) -> None:
+    shape = BertConfig(vocab_size=16, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_labels=1)
+    for name, model in (
+        ("reward", critic()),
+        ("two", GPTForSequenceClassification(config(num_labels=2))),
+        ("bert", BertForSequenceClassification(shape)),
+    ):
+        model.save_pretrained(tmp_path / name)
+        tokenizer().save_pretrained(tmp_path / name)
+    for opener, name, sentence in (
+        (load_policy, "reward", r"is a classifier \(score.weight\), such as a reward model, and no language model"),
+        (load_reward, "two", "it is a classifier with 2 labels, and a reward needs one"),
+        (load_critic, "two", "no model can be opened .* it is a classifier with 2 labels"),
+        (load_critic, "bert", "opens as BertForSequenceClassification, which has no linear head `score`"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            opener(str(tmp_path / name))
+    for changes in ({"reward_std": 0}, {"reward_std": -1.0}, {"reward_mean": "x"}, {"reward_mean": float("nan")}):
+        changed(tmp_path / "reward", "config.json", {"reward_mean": 0.0, "reward_std": 1.0} | changes)
+        with pytest.raises(UserError, match="must be finite numbers, the second above 0"):
+            RewardModel(str(tmp_path / "reward"))
+
+
+@pytest.mark.parametrize("name", [",", "m:", ":f", "m:f:g", "m:f g"])
+def test_a_name_that_is_no_reward_is_a_sentence(name: str) -> None:
+    with pytest.raises(UserError, match=r"names no reward model|a function is named module:function"):
+        load_rewards([name])
+    with pytest.raises(UserError, match=r"is no function; write module:function|importing|no function"):
+        load_function(name)

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGenera
 
 from pipeline.errors import UserError
 from pipeline.ppo import PPOConfig, PPOTrainer
+from pipeline.rewards import Ensemble
 
 TEXTS = ["t6 t7", "t8", "t9 t10 t11"]
 ROWS = [{"prompt": text, "number": i} for i, text in enumerate(TEXTS)]
@@ -195,6 +196,32 @@ def test_an_argument_of_another_kind_is_a_sentence(tmp_path, changes, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         PPOTrainer(**parts | changes)
     assert "\n" not in str(error.value)
+
+
+async def later(prompts, completions, **columns):
+    return [0.0] * len(prompts)
+
+
+@pytest.mark.parametrize(
+    ("function", "sentence"),
+    [
+        (lambda prompts, completions: [], r"got an unexpected keyword argument 'number'\); give it the parameters"),
+        (lambda prompts: [], "too many positional arguments"),
+        (lambda prompts, completions, answer, **columns: [], "missing a required argument: 'answer'"),
+        (later, "is an async function"),
+    ],
+)
+def test_a_reward_that_cannot_be_called_is_refused_before_any_work(tmp_path, function, sentence):
+    ensemble = Ensemble([count_t7, function])
+    for changes in (
+        {"rewards": function},
+        {"rewards": [count_t7, function]},
+        {"rewards": ensemble},
+        {"gold": function, "eval_rows": ROWS},
+        {"rows": TEXTS, "eval_rows": ROWS, "rewards": function} if "answer" not in sentence else {"rewards": function},
+    ):
+        with pytest.raises(UserError, match=sentence):
+            trainer(tmp_path, **{"rows": ROWS} | changes)
 
 
 @pytest.mark.parametrize(

@@ -131,11 +131,9 @@ def _load(
         kind = ours if config.model_type == "qwen3" else stock
         classifies = any("SequenceClassification" in name for name in config.architectures or ())
         if kwargs.get("num_labels") == 1 and classifies and config.num_labels != 1:
-            raise UserError(f"{path} is a classifier with {config.num_labels} labels; a reward needs one")
+            raise ValueError(f"it is a classifier with {config.num_labels} labels, and a reward needs one")
         options = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
         model, info = kind.from_pretrained(path, **options, **kwargs)
-    except UserError:
-        raise
     except Exception as error:  # the libraries raise a dozen kinds for a damaged folder
         raise cannot_open("model", path, error) from None
     if getattr(config, "auto_map", None):

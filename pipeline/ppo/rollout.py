@@ -55,6 +55,11 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def columns(self) -> list[str]:
+        """Names of what goes to the rewards beside prompts and completions."""
+        return [name for name in self.rows[0] if name != "prompt"]
+
     def take(self, indices: Sequence[int]) -> "PromptBatch":
         """The rows of `indices`, with each column as a list."""
         rows = [self.rows[int(i)] for i in indices]

@@ -47,7 +47,7 @@ from pipeline.ppo.rollout import (
 )
 from pipeline.ppo.state import RunState, identity_of, load_state, save_state
 from pipeline.ppo.watch import watch_evaluation, watch_update
-from pipeline.rewards import RewardFunction, combined
+from pipeline.rewards import RewardFunction, check_takes, combined
 
 Callback = Callable[["PPOTrainer", dict[str, float]], None]
 
@@ -104,6 +104,7 @@ class PPOTrainer:
             self.recorder.say(f"warning: {warning}")
         self.prompts = self._prompts(train_dataset, "train_dataset")
         self.rewards = combined(rewards)
+        check_takes(self.rewards, self.prompts.columns)
         sampler = OwnSampler() if sampler is None else sampler
         check_sampler(sampler, compares=eval_dataset is not None and is_lora(policy) and reference in (None, policy))
         self.answerer = Answerer(sampler, processing_class, end_tokens, args, accelerator)
@@ -387,7 +388,13 @@ class PPOTrainer:
             raise UserError("eval_steps is set but eval_dataset is missing; give held-out prompts, or set it to 0")
         if self.args.best_metric == "gold" and self.args.eval_steps and gold is None:
             raise UserError("best_metric is gold but there is no gold judge; give one, or choose another figure")
-        return None if rows is None else self._prompts(rows, "eval_dataset")
+        if rows is None:
+            return None
+        prompts = self._prompts(rows, "eval_dataset")
+        check_takes(self.rewards, prompts.columns)
+        if gold is not None:
+            check_takes(gold, prompts.columns, "gold")
+        return prompts
 
     def _pretraining_text(self, rows: Any) -> PretrainingText:
         longest = self.args.ptx_max_length if self.context is None else min(self.args.ptx_max_length, self.context - 1)
