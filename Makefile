@@ -3,16 +3,42 @@
 
 PRESET ?= stories
 SEED   ?= 0
-# One folder a preset and seed; RUN=runs/anything keeps a trial of your own apart.
+# One folder a preset and seed, as pipeline/chain.py names it; RUN=runs/anything keeps a trial of your own apart.
 RUN    ?= runs/$(PRESET)$(if $(filter-out 0,$(SEED)),-seed$(SEED))
+
+# What is given is looked at before anything is done with it: its text, which make has not expanded, then its folder.
+hash   := \#
+quoted = '$(subst ','\'',$(1))'
+# $(HOME) for a ~ at the beginning, which not every shell puts in place behind a =
+home = $(subst |>,,$(subst |>~/,|>$(HOME)/,|>$(1)))
+# Signs that make or the shell would take for something else than a part of a folder's name
+SIGNS := $$ ' " \ ` ; & | < > ( ) { } [ ] * ? ! % : = $(hash)
+PRESETS := $(filter-out accelerate,$(notdir $(patsubst %/,%,$(wildcard configs/*/))))
+ifneq ($(filter-out $(PRESETS),$(value PRESET))$(filter-out 1,$(words $(value PRESET))),)
+$(error PRESET=$(value PRESET) is none of: $(PRESETS))
+endif
+ifneq ($(shell expr $(call quoted,x$(value SEED)) : 'x[0-9][0-9]*$$' >/dev/null || echo wrong)$(filter-out 0,$(filter 0%,$(value SEED))),)
+$(error SEED=$(value SEED) is not a whole number)
+endif
+ifneq ($(filter-out file default,$(origin RUN)),)
+faults := $(foreach sign,~ $(SIGNS),$(findstring $(sign),$(patsubst ~/%,%,$(value RUN))))
+faults += $(filter -% / . ./ .. ../,$(firstword $(value RUN))) $(filter-out 1,$(words $(value RUN)))
+ifneq ($(strip $(faults)),)
+$(error RUN=$(value RUN): give one folder, not the project's own, whose name has no blanks, no leading - and none of $(SIGNS))
+endif
+override RUN := $(patsubst %/,%,$(call home,$(RUN)))
+endif
 # Finished runs for `make figures`, one a seed.
 RUNS   ?= $(sort $(wildcard runs/$(PRESET) runs/$(PRESET)-seed*))
 ARGS   ?=
 # TEXT=my.txt trains tokenizer and GPT on a text of your own; the run remembers it, so that later stages keep it.
 ifneq ($(origin TEXT),command line)
 TEXT   := $(shell cat $(RUN)/.settings/text 2>/dev/null)
-else ifeq ($(shell test -e '$(TEXT)' && echo there),)
+else
+override TEXT := $(call home,$(TEXT))
+ifeq ($(shell test -e $(call quoted,$(TEXT)) && echo there),)
 $(error TEXT=$(TEXT): there is no such file or folder)
+endif
 endif
 # LAUNCH="accelerate launch --config_file configs/accelerate/cpu-2.yaml -m" runs the stages on several processes.
 LAUNCH ?= python -m
@@ -27,9 +53,6 @@ CHAIN  := tokenizer pretrain sft preferences reward ppo evaluate report
 # Those that the preset has a file for: `shakespeare` ends with pretraining.
 STAGES := $(foreach stage,$(CHAIN),$(if $(wildcard configs/$(PRESET)/$(stage).yaml),$(stage)))
 MODEL  ?= $(RUN)/$(lastword $(filter pretrain sft ppo,$(STAGES)))
-ifeq ($(wildcard configs/$(PRESET)),)
-$(error PRESET=$(PRESET) is none of: $(filter-out accelerate,$(notdir $(wildcard configs/*))))
-endif
 READY  := $(VENV)/.ready
 ifeq ($(PRESET),reviews)
 READY  += $(VENV)/.ready-reviews
@@ -60,12 +83,12 @@ files_of = $(wildcard $(shell sed -n 's/^dataset: *\([^ #]*\).*/\1/p' configs/$(
 text_for = $(if $(TEXT),$(filter tokenizer pretrain,$(1)))
 inputs_of = $(if $(text_for),$(wildcard $(TEXT)) $(RUN)/.settings/text,$(files_of)) $(RUN)/.settings/$(1)
 $(RUN)/.settings/text: FORCE
-	+@mkdir -p $(@D) && echo '$(TEXT)' | cmp -s - $@ || echo '$(TEXT)' > $@
+	+@mkdir -p $(@D) && echo $(call quoted,$(TEXT)) | cmp -s - $@ || echo $(call quoted,$(TEXT)) > $@
 
 define stage
 $(1): $(RUN)/$(1)/stage.json
 $(RUN)/$(1)/stage.json: $(2:%=$(RUN)/%/stage.json) configs/$(PRESET)/$(1).yaml $(inputs_of) | $(READY)
-	@$$(LAUNCH) stages.$(1) --config configs/$(PRESET)/$(1).yaml --run_dir $(RUN) --seed $(SEED) $(if $(text_for),--dataset '$(TEXT)') $$(if $$(filter $(1),$$(NAMED)),$$(ARGS))
+	@$$(LAUNCH) stages.$(1) --config configs/$(PRESET)/$(1).yaml --run_dir $(RUN) --seed $(SEED) $(if $(text_for),--dataset $(call quoted,$(TEXT))) $$(if $$(filter $(1),$$(NAMED)),$$(ARGS))
 	@test -e $$@ || { echo 'error: stages.$(1) ended without $$@: does its file call run() and stage.finish()?' >&2; exit 2; }
 endef
 rule = $(if $(filter $(1),$(STAGES)),$(eval $(stage)))
@@ -88,7 +111,7 @@ evaluate: ## judge every policy on held-out prompts
 report: ## report.html, report.md, summary.json
 
 chat: | $(READY) ## talk with a model in the terminal (MODEL=folder, default PPO's)
-	@python -m stages.chat --run_dir $(RUN) --model_name_or_path $(MODEL) $(ARGS)
+	@python -m stages.chat --run_dir $(RUN) --model_name_or_path $(call quoted,$(MODEL)) $(ARGS)
 
 smoke: ## the whole chain in under two minutes, to see that everything works
 	@$(MAKE) --no-print-directory all PRESET=smoke SEED=$(SEED)
@@ -124,7 +147,7 @@ lint: | $(READY) ## rules, format and types
 	@mypy
 
 bench: | $(READY) ## all benchmarks against their peers, and one table (half an hour; leave the machine alone; TEXT=file adds nanoGPT)
-	@python -m benchmarks $(if $(TEXT),--text '$(TEXT)') $(ARGS)
+	@python -m benchmarks $(if $(TEXT),--text $(call quoted,$(TEXT))) $(ARGS)
 bench-train: | $(READY) ## pretraining speed against transformers' Qwen3 and GPT-2
 	@python -m benchmarks.train $(ARGS)
 bench-sample: | $(READY) ## sampling speed against transformers' generate
@@ -132,7 +155,7 @@ bench-sample: | $(READY) ## sampling speed against transformers' generate
 bench-ppo: | $(READY) ## PPO speed against TRL 1.12's PPOTrainer
 	@python -m benchmarks.ppo $(ARGS)
 bench-shakespeare: | $(READY) ## loss of PRESET=shakespeare in the time of nanoGPT's CPU recipe (TEXT=file)
-	@python -m benchmarks.nanogpt $(if $(TEXT),--text '$(TEXT)') $(ARGS)
+	@python -m benchmarks.nanogpt $(if $(TEXT),--text $(call quoted,$(TEXT))) $(ARGS)
 course: | $(READY) ## the models of the course one after the other, and the loss each reaches
 	@python -m benchmarks.course $(ARGS)
 ablation-ppo: | $(READY) ## what each of PPO's defaults is worth (ARGS="--runs runs/a runs/b": folders that have a reward model)
@@ -143,7 +166,9 @@ check: | $(READY) ## whether a finished run reaches the figures that its preset 
 	@python -m benchmarks.check --runs $(RUN) $(ARGS)
 
 clean: ## remove the run of this PRESET and SEED (never the others)
-	rm -rf $(RUN)
+	@test ! -e '$(RUN)' || test -n '$(wildcard $(RUN)/.settings $(RUN)/*/stage.json $(RUN)/*/checkpoints)' || { echo 'error: $(RUN) is no folder of a run; nothing is removed' >&2; exit 2; }
+	@case '$(CURDIR)/' in '$(abspath $(RUN))'/*) echo 'error: RUN=$(RUN) holds this project; nothing is removed' >&2; exit 2;; esac
+	rm -rf -- '$(RUN)'
 
 help: ## this list
 	@echo "make [target] [PRESET=stories|reviews|shakespeare|smoke] [SEED=0] [TEXT=my.txt] [RUN=runs/name] [ARGS='--field value']"

@@ -4,7 +4,9 @@ The marks are those of the package annotated_types, which pydantic and others re
 dataclass that is filled, whether from a YAML file, the command line or Python.
 """
 
+import math
 import operator
+import os
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -37,6 +39,8 @@ def check_bounds(settings: Any) -> None:
     """Raise UserError for the first field of a dataclass that lies outside its bounds or is none of its choices."""
     for name, kind in get_type_hints(type(settings), include_extras=True).items():
         value = getattr(settings, name)
+        if kind in (bool, str) and not isinstance(value, bool if kind is bool else str | os.PathLike):
+            raise UserError(f"{name}: {value!r} is not {'true or false' if kind is bool else 'a text'}")
         options = (kind,) if get_origin(kind) in (Annotated, Literal) else get_args(kind)
         if value is None and options and type(None) not in options:
             raise UserError(f"{name}: none is not possible here; give a value")
@@ -54,6 +58,8 @@ def _check_type(name: str, value: Any, base: type) -> None:
     numbers = Integral if base is int else Real
     if isinstance(value, bool) or not isinstance(value, numbers):
         raise UserError(f"{name}: {value!r} is not {'a whole number' if base is int else 'a number'}")
+    if math.isinf(value):
+        raise UserError(f"{name}: {value} must be finite")
 
 
 def _check(name: str, value: float, marks: tuple[Any, ...], or_none: str) -> None:

@@ -1,7 +1,7 @@
 """The chain as one table: what each stage needs, what it leaves, and the figures that it is judged by.
 
-The report reads it. The Makefile's rules, the stages' arguments and `stages/` are held to it by tests/test_chain.py.
-Nothing of `stages/` is imported here.
+The report reads it, and the arguments take a run's name from here. The Makefile's rules and RUN, the stages' arguments
+and `stages/` are held to it by tests/test_chain.py. Nothing of `stages/` is imported here.
 """
 
 from dataclasses import dataclass, field
@@ -23,6 +23,11 @@ class Stage:
     """What a reader looks at first: (metric, format of its value in words)."""
     fixed: dict[str, str] = field(default_factory=dict)
     """Names that summary.json has for every run, in this order → metric; null where a run did not record it."""
+
+
+def run_name(preset: str, seed: int) -> str:
+    """The folder of a run within `runs/`, from its preset and seed: the Makefile's RUN is the same by the same rule."""
+    return f"{preset}-seed{seed}" if seed else preset
 
 
 def _same(*names: str) -> dict[str, str]:

@@ -218,6 +218,16 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a share that was counted over `n` independent cases (Wilson 1927) → low, high.
+
+    Unlike share ± z·standard error it stays within 0 and 1, and has a width where all cases went one way.
+    """
+    spread = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    centre = share + z**2 / (2 * n)
+    return max(0.0, (centre - spread) / (1 + z**2 / n)), min(1.0, (centre + spread) / (1 + z**2 / n))
+
+
 def win_rate(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> dict[str, Any]:
     """Share of prompts on which `ours` scores higher, a tie counting half, with a bootstrap interval over prompts."""
     a, b = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)

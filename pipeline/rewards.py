@@ -1,14 +1,20 @@
 """Where rewards come from: reward models with their own tokenizers, Python functions, ensembles, weighted sums.
 
 A reward is any `f(prompts, completions, **columns) -> list[float]`. Prompts and completions come as in the data set,
-text or lists of messages; the set's other columns come by name. No token ids cross this border, so a reward model may
-have another tokenizer and chat template than the policy.
+text or lists of messages; the set's other columns come by name. Each reward gets copies of its own, so that none reads
+what another one did to them. No token ids cross this border, so a reward model may have another tokenizer and chat
+template than the policy.
 """
 
+import copy
 import importlib
+import inspect
+import logging
 import math
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +30,13 @@ from reward_data.formats import answer_to, text_of
 
 RewardFunction = Callable[..., list[float]]
 Combine = Literal["mean", "min", "uwo"]
+log = logging.getLogger(__name__)
+PAUSES = (1.0, 5.0)
+"""Seconds before a reward that failed is asked again, as a judge behind a network is up again a little later."""
+MISTAKES = (TypeError, LookupError, AttributeError, NameError, ArithmeticError, AssertionError, ImportError, SystemExit)
+"""What is a mistake in the reward's code and fails again at once."""
+QUICK = 1.0
+"""Seconds: the row is looked for only in a reward that fails sooner than this."""
 
 
 class RewardModel:
@@ -46,7 +59,12 @@ class RewardModel:
         if config.num_labels != 1:
             raise UserError(f"{path} is a classifier with {config.num_labels} labels; a reward needs one")
         fit_embeddings(self.model, self.tokenizer, self.path)
-        self.mean, self.std = float(getattr(config, "reward_mean", 0.0)), float(getattr(config, "reward_std", 1.0))
+        self.mean, self.std = getattr(config, "reward_mean", 0.0), getattr(config, "reward_std", 1.0)
+        if not all(isinstance(x, int | float) and math.isfinite(x) for x in (self.mean, self.std)) or self.std <= 0:
+            raise UserError(
+                f"{path}: reward_mean {self.mean!r} and reward_std {self.std!r} in config.json must be finite numbers, "
+                "the second above 0; train the reward model again"
+            )
         self.context = getattr(config, "max_position_embeddings", None)
 
     def __call__(self, prompts: list[Any], completions: list[Any], **columns: list) -> list[float]:
@@ -132,22 +150,95 @@ class WeightedRewards:
 def checked(
     name: str, function: RewardFunction, prompts: list[Any], completions: list[Any], columns: dict[str, list]
 ) -> list[float]:
-    """Call a reward and check what comes back."""
-    try:
-        values = function(prompts, completions, **columns)
-    except UserError:
-        raise  # a member of an ensemble, which has named its row
-    except (Exception, SystemExit) as error:
-        row = _first_failing_row(function, prompts, completions, columns)
-        where = "the whole batch, no single row alone" if row is None else _row(row, prompts, completions)
-        raise UserError(f"reward {name} raised {type(error).__name__}: {error}, on {where}; mend the reward") from error
-    # A dictionary would be scored by its keys, a text by its letters
-    if isinstance(values, dict | str | bytes) or not hasattr(values, "__iter__"):
+    """Call a reward with copies of what it scores and check what comes back.
+
+    Where it raises, it is asked again after each of PAUSES, but not for one of MISTAKES. Raises UserError with the row.
+    """
+    batch = _Batch(name, function, prompts, completions, columns)
+    values = _answered(batch)
+    # A dictionary would be scored by its keys, a text by its letters; a set has no order
+    if isinstance(values, dict | str | bytes | set | frozenset) or not hasattr(values, "__iter__"):
         raise UserError(f"reward {name} returned {_short(values)} instead of a list of numbers; return one a row")
-    values = list(values)
+    values = values if isinstance(values, list) else list(values)
     if len(values) != len(prompts):
         raise UserError(f"reward {name} returned {len(values)} values for {len(prompts)} rows; return one a row")
     return [_number(value, i, name, prompts, completions) for i, value in enumerate(values)]
+
+
+@dataclass
+class _Batch:
+    """A reward and what it is to score."""
+
+    name: str
+    function: RewardFunction
+    prompts: list[Any]
+    completions: list[Any]
+    columns: dict[str, list]
+
+    def score(self, start: int = 0, end: int | None = None) -> Any:
+        """What the reward returns for a run of rows; a generator's values as a list, for it fails while it is read."""
+        given = [_copies(part[start:end]) for part in (self.prompts, self.completions, *self.columns.values())]
+        values = self.function(given[0], given[1], **dict(zip(self.columns, given[2:], strict=True)))
+        return list(values) if isinstance(values, Iterator) else values
+
+
+def _copies(values: list[Any]) -> list[Any]:
+    """Each entry copied on its own: one prompt may stand in several rows."""
+    return [copy.deepcopy(value) if isinstance(value, list | dict) else value for value in values]
+
+
+def _answered(batch: _Batch) -> Any:
+    """What a reward returns, tried up to 1 + len(PAUSES) times. Raises UserError with the row that it fails on.
+
+    A model of ours is asked once: what fails in it has nothing to wait for.
+    """
+    pauses = () if isinstance(batch.function, RewardModel) else PAUSES
+    for pause in (*pauses, None):
+        start = time.perf_counter()
+        try:
+            return batch.score()
+        except UserError:
+            raise  # a member of an ensemble, which has named its row
+        except (Exception, SystemExit) as error:  # any at all: the function is the user's
+            said = f"reward {batch.name} raised {type(error).__name__}: {error}"
+            if pause is None or isinstance(error, MISTAKES):
+                quick = time.perf_counter() - start < QUICK and not isinstance(error, OSError)
+                where = _failing_row(batch) if quick else _row_range(batch)
+                tries = f" after {1 + len(pauses)} tries" if pauses and pause is None else ""
+                raise UserError(f"{said}, on {where}{tries}; mend the reward") from error
+            log.warning("%s; it is tried again in %g s", said, pause)
+            time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
+
+
+def _failing_row(batch: _Batch) -> str:
+    """The row that a reward fails on, by halves: at most two calls for each halving of the batch."""
+    start, end = 0, len(batch.prompts)
+    if end > 1:
+        most = 2 * math.ceil(math.log2(end))
+        log.warning(
+            "reward %s failed; it is asked for parts of the batch, at most %d, to find the row", batch.name, most
+        )
+    while end - start > 1:
+        middle = (start + end) // 2
+        failing = next((half for half in ((start, middle), (middle, end)) if _fails(batch, *half)), None)
+        if failing is None:
+            return "the whole batch, no single row alone"
+        start, end = failing
+    return _row(start, batch.prompts, batch.completions)
+
+
+def _fails(batch: _Batch, start: int, end: int) -> bool:
+    try:
+        batch.score(start, end)
+    except (Exception, SystemExit):  # the caller reports what the whole batch raised
+        return True
+    return False
+
+
+def _row_range(batch: _Batch) -> str:
+    first = _row(0, batch.prompts, batch.completions)
+    return first if len(batch.prompts) == 1 else f"the rows 0 to {len(batch.prompts) - 1} of the batch, first {first}"
 
 
 def _number(value: Any, i: int, name: str, prompts: list[Any], completions: list[Any]) -> float:
@@ -176,6 +267,32 @@ def combined(rewards: RewardFunction | Sequence[RewardFunction]) -> RewardFuncti
     return WeightedRewards([(name_of(f), f, 1.0) for f in functions])
 
 
+def check_takes(rewards: RewardFunction, columns: Sequence[str], name: str = "") -> None:
+    """Raise UserError for a reward, in a sum or an ensemble too, that cannot be called with these columns by name."""
+    if isinstance(rewards, WeightedRewards):
+        for source, function, _ in rewards.sources:
+            check_takes(function, columns, source)
+    elif isinstance(rewards, Ensemble):
+        for member in rewards.members:
+            check_takes(member, columns)
+    else:
+        name = name or name_of(rewards)
+        try:
+            signature = inspect.signature(rewards)
+        except (TypeError, ValueError):  # a function of C says nothing of itself
+            return
+        try:
+            signature.bind([], [], **{column: [] for column in columns})
+        except TypeError as error:
+            given = ", ".join(("prompts", "completions", *columns))
+            raise UserError(
+                f"reward {name} cannot be called with {given} ({error}); give it the parameters prompts, completions "
+                "and **columns"
+            ) from None
+        if inspect.iscoroutinefunction(rewards):
+            raise UserError(f"reward {name} is an async function, which nobody awaits here; give a plain one")
+
+
 def name_of(function: RewardFunction) -> str:
     """What a reward is called in a sentence: its folder or its function's name."""
     return getattr(function, "path", getattr(function, "__name__", type(function).__name__))
@@ -201,15 +318,24 @@ def load_rewards(
     weights = [1.0] * len(names) if weights is None else list(weights)
     if len(weights) != len(names):
         raise UserError(f"{len(weights)} reward_weights for {len(names)} rewards; give one weight a reward")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise UserError(f"reward_weights: {', '.join(map(str, weights))} must be finite numbers")
     sources = []
     for name, weight in zip(names, weights, strict=True):
-        members = [
-            load_function(part) if is_function_name(part) else RewardModel(part, device, mixed_precision)
-            for part in reward_names([name])
-        ]
+        members = [_load_reward(part, device, mixed_precision) for part in reward_names([name])]
+        if not members:
+            raise UserError(f"reward {name!r} names no reward model and no function")
         reward = members[0] if len(members) == 1 else Ensemble(members, ensemble, uwo_coef)
         sources.append((name, reward, weight))
     return WeightedRewards(sources)
+
+
+def _load_reward(name: str, device: torch.device | str | None, mixed_precision: str) -> RewardFunction:
+    if is_function_name(name):
+        return load_function(name)
+    if ":" in name and "/" not in name and not Path(name).exists():
+        raise UserError(f"reward {name}: there is no such folder, and a function is named module:function")
+    return RewardModel(name, device, mixed_precision)
 
 
 def reward_names(names: Sequence[str]) -> list[str]:
@@ -221,12 +347,14 @@ def reward_names(names: Sequence[str]) -> list[str]:
 def is_function_name(name: str) -> bool:
     """Whether a name is `package.module:function` and not a path."""
     module, colon, function = name.partition(":")
-    return bool(colon) and function.isidentifier() and not Path(name).exists() and "/" not in module
+    return bool(colon and module) and function.isidentifier() and not Path(name).exists() and "/" not in module
 
 
 def load_function(name: str) -> RewardFunction:
     """Import `package.module:function`; the current folder is searched too."""
     module, _, function = name.partition(":")
+    if not module or not function:
+        raise UserError(f"{name!r} is no function; write module:function")
     if "" not in sys.path and "." not in sys.path:
         sys.path.append(".")
     try:
@@ -239,17 +367,6 @@ def load_function(name: str) -> RewardFunction:
     if not callable(reward):
         raise UserError(f"reward {name}: the module {module} has no function {function}")
     return reward
-
-
-def _first_failing_row(
-    function: RewardFunction, prompts: list[Any], completions: list[Any], columns: dict[str, list]
-) -> int | None:
-    for i in range(len(prompts)):
-        try:
-            function([prompts[i]], [completions[i]], **{name: [column[i]] for name, column in columns.items()})
-        except (Exception, SystemExit):  # any at all: the function is the user's; the caller reports what it raised
-            return i
-    return None
 
 
 def _row(i: int, prompts: list[Any], completions: list[Any]) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -134,20 +134,29 @@ def open_chat(args: ChatArguments) -> Chat:
 
 def greet(chat: Chat, args: ChatArguments) -> None:
     """Say what the model is, what to type, and how to leave."""
-    record = Path(args.model_name_or_path) / "stage.json"
-    record = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    record = _record(Path(args.model_name_or_path))
     made = f"{record['stage']} of preset {record['preset']}, seed {record['seed']}, " if record else ""
     size = f"{parameter_count(chat.model) / 1e6:.1f} M parameters"
     way = "goes on from your text" if chat.raw else "answers instructions"
     say = partial(console.print, markup=False)
     say(f"{args.model_name_or_path}: {made}{size}; it {way}. {COMMANDS}", style="bold")
-    if example := _example(record.get("config", {}).get("dataset"), chat.raw):
+    if example := _example(record["config"].get("dataset") if record else None, chat.raw):
         say(f"for example: {example}")
 
 
-def _example(dataset: str | None, raw: bool) -> str | None:
+def _record(folder: Path) -> dict[str, Any] | None:
+    """The stage.json of a model folder; None where there is none that says how the model was made."""
+    with contextlib.suppress(OSError, ValueError):
+        record = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
+        kinds = {"stage": str, "preset": str, "seed": int, "config": dict}
+        if isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
+            return record
+    return None
+
+
+def _example(dataset: Any, raw: bool) -> str | None:
     """A held-out prompt of the data that the model comes from, or the first words of a document; generators only."""
-    if dataset not in data.GENERATORS:
+    if not isinstance(dataset, str) or dataset not in data.GENERATORS:
         return None
     if raw:
         return " ".join(data.load_texts(dataset, split="validation", max_bytes=2000)[0].split()[:4])

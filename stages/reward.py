@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -10,6 +11,7 @@ from trl import RewardConfig, RewardTrainer
 
 from pipeline.checkpoint import write_json
 from pipeline.errors import UserError
+from pipeline.judging import wilson_interval
 from pipeline.model.load import fit_embeddings, load_critic
 from pipeline.rewards import RewardModel
 from pipeline.runtime import hf_trainer
@@ -49,6 +51,7 @@ def main(args: RewardArguments) -> None:
     reward = RewardModel(args.output_dir, stage.device, args.mixed_precision)
     centering = rows.select(range(min(rows.num_rows, max(1, args.center_samples // 2))))
     metrics = accuracies(reward, held_out, stage.output_dir) | center(reward, centering, stage.output_dir)
+    stage.say(accuracy_sentence(metrics))
     stage.finish({**metrics, "pairs": rows.num_rows})
 
 
@@ -83,17 +86,31 @@ def center(reward: RewardModel, rows: Dataset, folder: Path) -> dict[str, float]
     return figures
 
 
-def accuracies(reward: RewardModel, held_out: Dataset, folder: Path) -> dict[str, float]:
+def accuracies(reward: RewardModel, held_out: Dataset, folder: Path) -> dict[str, Any]:
     """Accuracy on held-out pairs, against the labels as they are and with the noise taken back, and the calibration."""
     rewards = rewards_of(reward, held_out)
     margins = rewards["chosen"] - rewards["rejected"]  # log-odds
     flipped = torch.tensor(held_out["flipped"] if "flipped" in held_out.column_names else [False] * len(margins))
     write_json(folder / "calibration.json", calibration(margins))
+    accuracy = ((margins > 0) != flipped).float().mean().item()
     return {
-        "accuracy": ((margins > 0) != flipped).float().mean().item(),
+        "accuracy": accuracy,
+        "accuracy_ci95": list(wilson_interval(accuracy, len(margins))),
+        "accuracy_n": len(margins),
         "noisy_accuracy": (margins > 0).float().mean().item(),
         "margin": margins.mean().item(),
     }
+
+
+def accuracy_sentence(metrics: dict[str, Any]) -> str:
+    """The held-out accuracy with its interval, and a warning where guessing would do as well."""
+    low, high = metrics["accuracy_ci95"]
+    said = (
+        f"held-out accuracy {metrics['accuracy']:.3f}, 95% interval {low:.3f} to {high:.3f}, n {metrics['accuracy_n']}"
+    )
+    if low > 0.5:
+        return said
+    return f"warning: {said}: no better than guessing; see whether the labels fit the answers, or give more pairs"
 
 
 def calibration(margins: torch.Tensor) -> dict[str, list]:

@@ -33,6 +33,8 @@ FINAL = {
     "preferences": {"pairs": 2_713, "test_pairs": 551, "flip_rate": 0.081, "gold_mean": 0.54},
     "reward": {
         "accuracy": 0.871,
+        "accuracy_ci95": [0.8405, 0.8963],
+        "accuracy_n": 551,
         "noisy_accuracy": 0.812,
         "margin": 2.1,
         "reward_mean": 0.3,

@@ -125,7 +125,7 @@ def trainer(
         actor,
         rewards,
         args,
-        rows or prompts(),
+        prompts() if rows is None else rows,
         words or tokenizer(),
         critic=judge,
         reference=reference,

@@ -179,3 +179,139 @@ def test_every_number_has_bounds() -> None:
     for kind in [*STAGE_ARGUMENTS.values(), A.ChatArguments]:
         for field in dataclasses.fields(kind):
             assert field.type not in (int, float, int | None, float | None), field.name
+
+
+# ---- what a word means in each kind of field -------------------------------------------------------------------------
+
+NONE = ("null", "~", "none", "Null", "NULL", "")
+YES, NO = ("true", "True", "yes", "on", "YES"), ("false", "no", "off", "No", "FALSE")
+TAKEN = {
+    **{f"use_peft: {word}": True for word in YES},
+    **{f"use_peft: {word}": False for word in NO},
+    'use_peft: "true"': True,
+    **{f"mixed_precision: {word}": "no" for word in ("no", "No", "off", "false", "'no'")},
+    **{f"best_metric: {word}": "none" for word in NONE},
+    **{f"gold: {word}": None for word in NONE},
+    'gold: ""': None,
+    'gold: "none"': "none",
+    **{f"score_clip: {word}": None for word in NONE},
+    **{f"ptx_max_bytes: {word}": None for word in NONE},
+    **{f"reward_weights: {word}": None for word in NONE},
+    **{f"dataset: {word}": word for word in ("no", "on", "true", "1", "1.5", "2024-01-01")},
+    'dataset: "null"': "null",
+    'dataset: "~"': "~",
+    "total_episodes: 1_000": 1000,
+    "total_episodes: '1000'": 1000,
+    "seed: 1_000": 1000,
+    "learning_rate: 1e-3": 1e-3,
+    "learning_rate: 1": 1.0,
+    "learning_rate: .5": 0.5,
+    "reward: a": ["a"],
+    "reward: [a, 'null']": ["a", "null"],
+    "reward: []": [],
+    "reward_weights: [1, 5e-1]": [1.0, 0.5],
+    "lora_target_modules: all-linear": ["all-linear"],
+    "lora_target_modules: null": None,
+    "gold: &x judge:f": "judge:f",
+}
+
+
+@pytest.mark.parametrize("line", TAKEN)
+def test_a_word_means_what_the_field_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    name, value = line.split(":")[0], TAKEN[line]
+    args = parse(PPOArguments, ["--config", config(tmp_path, line + "\n")])
+    expected = "/home/ann" if value == "~" else value  # text, and as a path the home folder
+    assert getattr(args, name) == expected and type(getattr(args, name)) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        *((f"output_dir: {word}", ["output_dir", "means none, which is not possible"]) for word in NONE),
+        ('output_dir: ""', ["output_dir", "the text is empty"]),
+        ("run_dir: null", ["run_dir", "means none"]),
+        ("dataset:", ["dataset", "means none"]),
+        ("reward: null", ["reward", "means none"]),
+        ("reward: [a, ~]", ["reward", "means none"]),
+        ("seed: null", ["seed", "means none"]),
+        ("seed: yes", ["seed", "'yes' is not of type int"]),
+        ("seed: 1.0", ["seed", "'1.0' is not of type int"]),
+        ("seed: 0x10", ["seed", "'0x10' is not of type int"]),
+        ("learning_rate: on", ["learning_rate", "'on' is not of type float"]),
+        ("learning_rate: .inf", ["learning_rate", "not of type float"]),
+        ("learning_rate: inf", ["learning_rate: inf must be finite"]),
+        ("score_clip: fast", ["score_clip", "'fast' is not of type float or none"]),
+        ("use_peft: null", ["use_peft", "means none"]),
+        ("use_peft: 2", ["use_peft", "'2' is not of type bool"]),
+        ("use_peft:", ["use_peft", "means none"]),
+        ("mixed_precision: null", ["mixed_precision", "means none"]),
+        ("mixed_precision: yes", ["mixed_precision", "'yes' is none of 'auto', 'bf16', 'no'"]),
+        ("seed: [1, 2]", ["seed", "'1 2' is not of type int; give one value"]),
+        ("dataset: [a]", ["dataset", "give one value"]),
+        ("reward: {a: 1}", ["some.yaml", "reward", "not a mapping"]),
+        ("reward: [[a]]", ["some.yaml", "reward", "a list of lists"]),
+        ("reward_weights: [1, much]", ["reward_weights", "'much' is not of type float"]),
+        ("seed: 1\nlearning_rate: 1\nseed: 2", ["some.yaml", "seed is set more than once, in lines 1 and 3"]),
+        ("? [a]\n: 1", ["some.yaml", "a key must be the name of a field"]),
+        ("<<: {seed: 1}", ["some.yaml", "<<", "not a mapping"]),
+        ("seed: 1\n---\nseed: 2", ["some.yaml", "not valid YAML"]),
+        ("\tseed: 1", ["some.yaml", "not valid YAML"]),
+        ("reward: &x [*x]", ["some.yaml", "reward"]),
+        ("dataset: '~nobody-of-this-name/x'", ["dataset", "there is no user 'nobody-of-this-name'"]),
+        ("preset: ../x", ["preset", "'../x' cannot name the run's folder"]),
+        ("preset: ..", ["preset", "'..' cannot name the run's folder"]),
+    ],
+)
+def test_a_word_that_means_nothing_there_is_a_sentence(tmp_path: Path, text: str, parts: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        parse(PPOArguments, ["--config", config(tmp_path, text + "\n")])
+    assert all(part in str(error.value) for part in parts), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_the_same_words_on_the_command_line() -> None:
+    assert parse(PPOArguments, ["--mixed_precision", "off", "--score_clip", "", "--reward_weights", "null"])
+    for words, part in (
+        (["--output_dir", "null"], "means none"),
+        (["--output_dir", ""], "means none"),
+        (["--output_dir"], "give one value"),
+        (["--use_peft"], "'' is not of type bool; give one value"),
+        (["--seed", "1", "2"], "'1 2' is not of type int; give one value"),
+        (["--dataset", "\udcff"], "is not UTF-8 text"),
+        (["--config", "/"], "/ is a folder"),
+    ):
+        with pytest.raises(UserError, match=part):
+            parse(PPOArguments, words)
+
+
+def test_home_folders_are_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    (tmp_path / "~").mkdir()
+    file = config(tmp_path, "dataset: ~/data\nreward: [~/a, '~/b,~/c,m:f', org/model, m:f]\ngold: m:f\n")
+    args = parse(PPOArguments, ["--config", file, "--run_dir", "~/runs/x"])
+    assert (args.dataset, args.run_dir, args.output_dir) == (
+        "/home/ann/data",
+        "/home/ann/runs/x",
+        "/home/ann/runs/x/ppo",
+    )
+    assert args.reward == ["/home/ann/a", "/home/ann/b,/home/ann/c,m:f", "org/model", "m:f"] and args.gold == "m:f"
+    assert parse(PPOArguments, ["--dataset=~/x"]).dataset == "/home/ann/x"
+    assert parse(PretrainArguments, ["--text_column", "~text"]).text_column == "~text"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config(tmp_path, "seed: 3")
+    assert parse(PPOArguments, ["--config", "~/some.yaml"]).seed == 3
+
+
+def test_the_runs_folder_follows_preset_and_seed() -> None:
+    for words, run in (
+        ([], "runs/stories"),
+        (["--seed", "1"], "runs/stories-seed1"),
+        (["--config", str(ROOT / "configs/reviews/sft.yaml")], "runs/reviews"),
+        (["--config", str(ROOT / "configs/smoke/sft.yaml"), "--seed", "12"], "runs/smoke-seed12"),
+        (["--seed", "1", "--run_dir", "runs/x"], "runs/x"),
+        (["--preset", "mine", "--run_dir", "/scratch/{run}"], "/scratch/mine"),
+    ):
+        args = parse(SFTArguments, words)
+        assert (args.run_dir, args.output_dir, args.model_name_or_path) == (run, f"{run}/sft", f"{run}/pretrain")
+    assert parse(A.ChatArguments, ["--preset", "smoke"]).model_name_or_path == "runs/smoke/ppo"

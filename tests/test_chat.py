@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -221,3 +222,14 @@ def test_prompts_can_be_piped_in(run: Path) -> None:
     chat = open_chat(arguments(run, temperature=0.0, max_new_tokens=8))
     assert done.stdout.endswith("".join(chat.reply("Ben?")) + "\n")
     assert "answers instructions" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "{", "[]", '{"stage": 1}', '{"stage":"a","preset":"b","seed":0,"config":{"dataset":[1]}}']
+)
+def test_a_damaged_record_does_not_stop_the_talk(run: Path, tmp_path: Path, text: str, capsys) -> None:
+    shutil.copytree(run / "sft", tmp_path / "sft")
+    (tmp_path / "sft" / "stage.json").write_text(text)
+    args = arguments(run, model_name_or_path=str(tmp_path / "sft"))
+    stage.greet(open_chat(args), args)
+    assert "answers instructions" in capsys.readouterr().out

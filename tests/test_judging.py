@@ -24,6 +24,7 @@ from pipeline.judging import (
     sequence_logprobs,
     text_bits_per_byte,
     verdict_of,
+    wilson_interval,
     win_rate,
 )
 from pipeline.runtime.arguments import EvaluateArguments
@@ -335,3 +336,13 @@ def test_a_judge_gets_answers_in_the_form_of_their_prompts() -> None:
     stage._judged(gold, "gold", {"answer": [1, 2]}, [prompt for prompt in prompts for _ in range(2)], list("wxyz"))
     assert [(answer[0]["content"], key) for answer, key in seen] == [("w", 1), ("x", 1), ("y", 2), ("z", 2)]
     assert stage._judged(gold, "gold", {"answer": [1]}, ["text"], ["w"]) and seen[-1] == ("w", 1)
+
+
+def test_wilson_interval() -> None:
+    """Against the formula solved the other way: the shares p from which the observed one is 1.96 σ(p) away."""
+    for share, n in ((0.518, 620), (0.7, 10), (0.02, 50), (0.5, 1)):
+        for end in wilson_interval(share, n):
+            assert abs(share - end) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / n), rel=1e-9)
+    assert wilson_interval(0.518, 620) == (pytest.approx(0.4787, abs=1e-4), pytest.approx(0.5571, abs=1e-4))
+    assert wilson_interval(1.0, 20) == (pytest.approx(0.8389, abs=1e-4), pytest.approx(1.0))
+    assert wilson_interval(0.0, 20)[0] == pytest.approx(0.0, abs=1e-12)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from ppo_tools import policy, prompts, trainer
 
+from pipeline.ppo.metrics import zero_std_share
 from pipeline.ppo.watch import watch_evaluation, watch_update
 
 GOOD = {
@@ -122,3 +123,68 @@ def test_gold_must_fall_by_more_than_its_error():
         for proxy, value in ((0.0, 0.3), (1.0, 0.5), (2.0, gold)):
             said = watch_evaluation(watched, {"eval/proxy": proxy, "eval/gold": value, "eval/gold_se": 0.05})
         assert bool(said) == warned
+
+
+# --- a reward or a critic that says nothing ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rewards": lambda p, c, **k: [0.3] * len(p), "missing_eos_penalty": 1.0},
+        {"rewards": lambda p, c, **k: [5.0] * len(p), "normalize_scores": True},
+        # Tells prompts apart, but not the answers to one
+        {
+            "rewards": lambda p, c, number, **k: [float(n) for n in number],
+            "advantage_estimator": "rloo",
+            "num_generations": 4,
+        },
+    ],
+    ids=["constant", "constant and normalised", "of the prompt alone"],
+)
+def test_a_reward_without_a_difference(tmp_path, changes):
+    made = trainer(tmp_path, total_episodes=40, learning_rate=1e-5, **changes)
+    made.train()
+    (sentence,) = [s for s in warnings_of(made) if "same score" in s]
+    assert "the same score in 3 updates one after the other" in sentence
+    assert next(row["step"] for row in made.rows if sentence in row.get("warning", "")) == 3
+    assert all(row["objective/frac_reward_zero_std"] == 1.0 for row in made.rows)
+
+
+def test_a_reward_with_a_difference_now_and_then_is_no_matter(tmp_path):
+    updates = iter(range(100))
+
+    def reward(prompts, completions, **columns):
+        return [float(i) if next(updates) % 3 == 2 else 0.0 for i in range(len(prompts))]
+
+    made = trainer(tmp_path, total_episodes=64, rewards=lambda p, c, **k: reward(p, c), learning_rate=1e-6)
+    made.train()
+    assert not [s for s in warnings_of(made) if "same score" in s]
+
+
+def test_scores_of_which_prompts_are_alike():
+    alone = lambda tensor: tensor  # noqa: E731
+    for scores, group, share in (
+        ([1.0, 1.0, 2.0, 3.0], 2, 0.5),
+        ([1.0, 1.0, 2.0, 2.0 + 1e-9], 2, 1.0),
+        ([1e6, 1e6 + 0.5, 0.0, 0.0], 2, 1.0),
+        ([1.0, 1.0, 1.0, 1.0], 1, 1.0),
+        ([1.0, 1.0, 1.0, 1.1], 1, 0.0),
+        ([0.3] * 7, 1, 1.0),
+    ):
+        assert zero_std_share(torch.tensor(scores, dtype=torch.double), group, alone) == share
+
+
+def test_one_score_a_process_is_compared_over_all_processes():
+    """Two processes with an answer each: `reduce` adds what the other one, whose score is 3, would give."""
+    for other, share in ((3.0, 0.0), (1.0, 1.0)):
+        shares = iter([torch.tensor([other, 1.0]), torch.tensor(abs(other - (1.0 + other) / 2))])
+        assert zero_std_share(torch.tensor([1.0]), 1, lambda tensor, s=shares: tensor + next(s)) == share
+
+
+def test_a_critic_that_explains_nothing():
+    watched = {}
+    bad, good = GOOD | {"val/explained_variance": -54.0}, GOOD | {"val/explained_variance": -0.5}
+    said = [watch_update(watched, row, 64) for row in [bad] * 7 + [good] + [bad] * 10]
+    assert [bool(sentences) for sentences in said] == [False] * 15 + [True] + [False] * 2  # once, after 8 in a row
+    assert "val/explained_variance is -54 and was below -1 in 8 updates" in said[15][0]

@@ -252,6 +252,52 @@ def test_an_empty_run_and_damaged_files_are_user_errors(tmp_path: Path) -> None:
         make(folder)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("sft/stage.json", "{}", "lacks stage, or has something else there"),
+        ("sft/stage.json", "", "is damaged"),
+        ("sft/stage.json", "[]", r"has \[\] where an object should be"),
+        ("sft/stage.json", {"seconds": "long"}, "lacks seconds"),
+        ("sft/stage.json", {"inputs": {"model": None}}, "has null where an object should be"),
+        ("sft/stage.json", {"metrics": None}, "lacks metrics"),
+        ("ppo/metrics.jsonl", "123\n", "has 123 where an object should be"),
+        ("reward/calibration.json", "{}", "lacks bins"),
+        ("reward/calibration.json", '{"bins": [{"n": 1}]}', "lacks predicted"),
+        ("evaluate/scores.json", "{}", "lacks policies"),
+        ("evaluate/scores.json", {"policies": {}}, "lacks sft"),
+        ("evaluate/scores.json", {"policies": {"sft": {}, "ppo": {"proxy": "x"}}}, "lacks proxy"),
+        ("evaluate/scores.json", {"win_rate": {"ppo_vs_sft": {"mean": 1}}}, "lacks n"),
+        (
+            "evaluate/scores.json",
+            {"win_rate": {"ppo_vs_sft": {"mean": 1, "n": 2, "ci95": [0]}}},
+            "ci95 that is no inter",
+        ),
+        ("evaluate/samples.jsonl", '{"index": 0}\n', "lacks prompt"),
+        ("evaluate/samples.jsonl", "[]\n", r"has \[\] where an object should be"),
+    ],
+)
+def test_a_damaged_file_is_named_with_the_stage_to_run_again(
+    tmp_path: Path, file: str, content: str | dict, sentence: str
+) -> None:
+    folder = write_run(tmp_path / "run")
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((folder / file).read_text()) | content)
+    (folder / file).write_text(content)
+    with pytest.raises(UserError, match=rf"report: .*{file} .*{sentence}.*; run `make {file.split('/')[0]}` again"):
+        make(folder)
+
+
+def test_a_line_separator_within_an_answer_ends_no_line(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    rows = [json.loads(line) for line in (folder / "evaluate/samples.jsonl").read_text().splitlines()]
+    rows[0]["completion"] = "one\u2028two\u0085three\x0bfour"
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "evaluate/samples.jsonl").write_text(text, encoding="utf-8")
+    assert report.read_run(folder).samples == rows
+    make(folder)
+
+
 def test_a_stage_without_metrics_has_no_plots(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", ("tokenizer", "pretrain", "sft"))
     (folder / "sft/metrics.jsonl").unlink()
@@ -296,3 +342,10 @@ def test_the_end_of_the_run_is_shown(run: Path) -> None:
         r"9 min 20 s in all",
     ):
         assert re.search(words, shown.replace("\n", " ")), words
+
+
+def test_the_accuracy_stands_with_its_interval_and_number(run: Path) -> None:
+    cells = report.stage_table(report.read_run(run)).rows["reward"]
+    assert cells[-1] == "87.1% of held-out pairs right (95% interval 84.0% to 89.6%, n 551)"
+    page = (run / "report" / "report.html").read_text(encoding="utf-8")
+    assert "of held-out pairs right (95% interval 84.0% to 89.6%, n 551)" in " ".join(page.split())

@@ -193,7 +193,8 @@ def raises_on_batches(prompts, completions, **columns):
         (lambda p, c, **k: [[0.0], [1.0], [2.0]], "instead of a number on row 0"),
     ],
 )
-def test_a_reward_that_fails_is_named_with_its_row(function, sentence):
+def test_a_reward_that_fails_is_named_with_its_row(function, sentence, monkeypatch):
+    monkeypatch.setattr("pipeline.rewards.PAUSES", ())
     with pytest.raises(UserError, match=sentence):
         WeightedRewards([("mine", function, 1.0)])(TALK, ANSWERS)
 
@@ -370,3 +371,129 @@ def test_a_run_normalises_and_clips_before_the_penalty(tmp_path):
         ]
         assert rollout.scores.tolist() == pytest.approx(expected, abs=1e-5)
         assert metrics["objective/scores_raw"] == pytest.approx(statistics.fmean(raw))
+
+
+# --- copies, and a second and third try ------------------------------------------------------------------------------
+
+
+def test_what_a_reward_does_to_its_input_no_other_one_sees():
+    seen = []
+
+    def careless(prompts, completions, numbers, **columns):
+        seen.append(([list(p) for p in prompts], list(completions), [list(n) for n in numbers]))
+        for prompt, completion, number in zip(prompts, completions, numbers, strict=True):
+            prompt += [{"role": "assistant", "content": completion}]
+            prompt[0]["content"] = "?"
+            number.append(7)
+        prompts.clear(), completions.clear()
+        return [0.0] * len(numbers)
+
+    shared = [{"role": "user", "content": "t6"}]  # one prompt in two rows, as with num_generations
+    prompts, completions, columns = [shared, shared, TALK[1]], list(ANSWERS), {"numbers": [[1], [2], [3]]}
+    before = repr((prompts, completions, columns))
+    mix = WeightedRewards([("a", careless, 1.0), ("b", Ensemble([careless, careless]), 1.0)])
+    mix(prompts, completions, **columns)
+    assert repr((prompts, completions, columns)) == before
+    assert len(seen) == 3 and all(given == seen[0] for given in seen) and seen[0][1] == ANSWERS
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """The pauses that were made, in none of which time passes."""
+    made = []
+    monkeypatch.setattr("pipeline.rewards.time.sleep", made.append)
+    return made
+
+
+def failing(times, error=None):
+    """A judge behind a network that does not answer the first `times` times."""
+    calls, error = [], error or TimeoutError("no answer in 30 s")
+
+    def judge(prompts, completions, **columns):
+        calls.append(len(prompts))
+        if len(calls) <= times:
+            raise error
+        return [float(len(calls))] * len(prompts)
+
+    judge.calls = calls
+    return judge
+
+
+@pytest.mark.parametrize("times", [0, 1, 2])
+def test_a_reward_that_fails_for_a_while_is_tried_again(pauses, caplog, times):
+    judge = failing(times)
+    assert WeightedRewards([("judge", judge, 1.0)])(TALK, ANSWERS) == [times + 1.0] * 3
+    assert judge.calls == [3] * (times + 1) and pauses == [1.0, 5.0][:times]
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == times
+    if times:
+        assert said[0] == "reward judge raised TimeoutError: no answer in 30 s; it is tried again in 1 s"
+
+
+def test_a_judge_that_stays_away_is_asked_three_times_and_the_rows_are_named(pauses):
+    judge = failing(100)
+    sentence = r"TimeoutError: no answer in 30 s, on the rows 0 to 2 of the batch, first row 0 \('t10.*after 3 tries"
+    with pytest.raises(UserError, match=sentence):
+        WeightedRewards([("judge", judge, 1.0)])(TALK, ANSWERS)
+    assert judge.calls == [3, 3, 3] and pauses == [1.0, 5.0]
+
+
+@pytest.mark.parametrize("kind", [KeyError, TypeError, IndexError, AttributeError, NameError, ZeroDivisionError])
+def test_a_mistake_in_the_code_is_not_tried_again_and_its_row_found_by_halves(pauses, caplog, kind):
+    calls = []
+
+    def wrong(prompts, completions, **columns):
+        calls.append(list(completions))
+        if "bad" in completions:
+            raise kind("boom")
+        return [0.0] * len(prompts)
+
+    answers = ["fine"] * 32
+    answers[21] = "bad"
+    with pytest.raises(UserError, match=r"boom'?, on row 21 \('bad', the answer to 't'\)"):
+        WeightedRewards([("wrong", wrong, 1.0)])(["t"] * 32, answers)
+    assert pauses == [] and len(calls) <= 1 + 10
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said == "reward wrong failed; it is asked for parts of the batch, at most 10, to find the row"
+
+
+def test_a_slow_reward_is_not_asked_for_parts(pauses, monkeypatch):
+    clock = iter(range(0, 1000, 30))
+    monkeypatch.setattr("pipeline.rewards.time.perf_counter", lambda: next(clock))
+    judge = failing(100, RuntimeError("overloaded"))
+    with pytest.raises(UserError, match=r"overloaded, on the rows 0 to 2 of the batch.*after 3 tries"):
+        WeightedRewards([("judge", judge, 1.0)])(TALK, ANSWERS)
+    assert judge.calls == [3, 3, 3]
+
+
+def test_a_generators_error_and_a_set_are_sentences(pauses):
+    def lazily(prompts, completions, **columns):
+        yield 1.0
+        raise KeyError("second")
+
+    for reward, sentence in (
+        (lazily, "reward mine raised KeyError: 'second'"),
+        (lambda p, c, **k: {1.0, 2.0, 3.0}, "instead of a list of numbers"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            WeightedRewards([("mine", reward, 1.0)])(TALK, ANSWERS)
+    assert WeightedRewards([("mine", lambda p, c, **k: (float(i) for i in range(3)), 1.0)])(TALK, ANSWERS) == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_a_judge_that_stays_away_costs_no_update(pauses, tmp_path):
+    judge, calls = failing(100), []
+
+    def sometimes(prompts, completions, **columns):
+        calls.append(1)
+        return judge(prompts, completions) if len(calls) > 2 else count_t7(prompts, completions)
+
+    made = trainer(tmp_path, rewards=sometimes)
+    with pytest.raises(UserError, match=r"rows 0 to 7 of the batch.*after 3 tries.*the state after update 2 is kept"):
+        made.train()
+    assert judge.calls == [8, 8, 8] and [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_weights_are_finite_numbers(functions):
+    with pytest.raises(UserError, match="reward_weights: nan must be finite"):
+        load_rewards(["some_rewards:length"], [float("nan")])

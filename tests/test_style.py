@@ -125,3 +125,15 @@ def test_no_pickles_and_no_remote_code() -> None:
     for path in sources():
         text = path.read_text()
         assert "trust_remote_code=True" not in text and "import pickle" not in text and "weights_only=False" not in text
+
+
+def test_no_opener_of_transformers_may_ask_for_remote_code() -> None:
+    """`trust_remote_code=False`, or it asks y/N on a terminal, and runs the code on y."""
+    for path in sources(("pipeline", "stages", "reward_data")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            if node.func.attr == "from_pretrained" and ast.unparse(node.func.value).startswith("Auto"):
+                given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                assert given.get("trust_remote_code") == "False", f"{path.name}, line {node.lineno}"
+    assert '"trust_remote_code": False' in (ROOT / "pipeline/model/load.py").read_text()

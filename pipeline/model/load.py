@@ -5,11 +5,13 @@ transformers opens as its stock class. All come in fp32 and in eval mode: autoca
 """
 
 import json
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
@@ -17,7 +19,9 @@ from pipeline.errors import UserError
 from pipeline.model.gpt import GPTForCausalLM, GPTForSequenceClassification, GPTModel
 from pipeline.model.lora import without_wrapper
 from pipeline.text.sources import is_local
-from pipeline.text.tokenizer import check_fits
+from pipeline.text.tokenizer import ADAPTER, base_of_adapter, cannot_open, check_fits
+
+log = logging.getLogger(__name__)
 
 
 def load_policy(path: str, device: torch.device | str | None = None) -> PreTrainedModel:
@@ -28,7 +32,24 @@ def load_policy(path: str, device: torch.device | str | None = None) -> PreTrain
     model, info = _load(path, GPTForCausalLM, AutoModelForCausalLM, device)
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{path} lacks weights of its language model ({_some(missing)}); give a complete folder")
+    if heads := sorted({"score.weight", "classifier.weight"} & set(info["unexpected_keys"])):
+        raise UserError(f"{path} is a classifier ({heads[0]}), such as a reward model, and no language model")
+    _check_ends(model, path)
     return model
+
+
+def _check_ends(model: PreTrainedModel, path: str) -> None:
+    """Refuse a generation_config.json that transformers passed over, and end tokens that are no ids."""
+    file = Path(path).expanduser() / "generation_config.json"
+    try:
+        if file.is_file() and not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
+            raise ValueError("no object")
+    except ValueError:
+        raise UserError(f"{file} is damaged; it names the tokens that end an answer") from None
+    ends: Any = getattr(model.generation_config, "eos_token_id", None)
+    ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if ends == [] or not all(isinstance(token, int) and token >= 0 for token in ids):
+        raise UserError(f"{file}: eos_token_id {ends!r} must be the number of a token, or a list of them")
 
 
 def load_reward(path: str, device: torch.device | str | None = None, trained: bool = True) -> PreTrainedModel:
@@ -54,12 +75,11 @@ def _some(names: list[str]) -> str:
 def load_critic(path: str, device: torch.device | str | None = None) -> PreTrainedModel:
     """A value model: the trunk of `path` (a policy or a reward model), a new head N(0, 1/(d+1)) (arXiv 2403.17031)."""
     critic = load_reward(path, device, trained=False)
-    head: Any = critic.score
+    head: Any = getattr(critic, "score", None)
+    if not isinstance(head, nn.Linear):
+        raise UserError(f"{path} opens as {type(critic).__name__}, which has no linear head `score` for a critic")
     nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
-    # The reward model's standardisation is of its own head, which is gone.
-    for name in ("reward_mean", "reward_std"):
-        if hasattr(critic.config, name):
-            delattr(critic.config, name)
+    forget_scale(critic)
     return critic
 
 
@@ -69,10 +89,15 @@ def states_at(model: nn.Module, ids: Tensor, places: Tensor) -> Tensor:
     No mask is needed: padding comes after every real token, so under causal attention none can see it. Our own GPT
     leaves out the work that only other places would need.
     """
-    trunk = without_wrapper(model).base_model
-    if isinstance(trunk, GPTModel):
+    trunk = trunk_of(model)
+    if type(trunk) is GPTModel:
         return trunk(ids, keep=places).last_hidden_state
     return trunk(input_ids=ids, use_cache=False).last_hidden_state[places]
+
+
+def trunk_of(model: nn.Module) -> Any:
+    """The part of a model that makes hidden states of tokens."""
+    return without_wrapper(model).base_model
 
 
 def fit_embeddings(model: PreTrainedModel, tokenizer: Any, path: str) -> None:
@@ -96,24 +121,52 @@ def _load(
     path: str, ours: Any, stock: Any, device: torch.device | str | None, **kwargs: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model and transformers' report on what was missing in the folder."""
+    path = os.path.expanduser(path)
     if is_local(path) and not (Path(path) / "config.json").is_file():
-        if (Path(path) / "adapter_config.json").is_file():
+        if (Path(path) / ADAPTER).is_file():
             return _load_adapter(path, ours, stock, device, **kwargs)
         raise UserError(f"{path} is no model folder (it has no config.json)")
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         kind = ours if config.model_type == "qwen3" else stock
-        model, info = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **kwargs)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: a head of another size
-        raise UserError(f"no model can be opened from {path}: {' '.join(str(error).split())[:300]}") from None
+        classifies = any("SequenceClassification" in name for name in config.architectures or ())
+        if kwargs.get("num_labels") == 1 and classifies and config.num_labels != 1:
+            raise ValueError(f"it is a classifier with {config.num_labels} labels, and a reward needs one")
+        options = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
+        model, info = kind.from_pretrained(path, **options, **kwargs)
+    except Exception as error:  # the libraries raise a dozen kinds for a damaged folder
+        raise cannot_open("model", path, error) from None
+    if getattr(config, "auto_map", None):
+        log.warning(
+            "%s brings Python code of its own (auto_map), which is not run: it opens as %s", path, type(model).__name__
+        )
     return (model.to(device) if device is not None else model).eval(), info
 
 
 def _load_adapter(path: str, *kinds: Any, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    from peft import PeftModel
+    """A LoRA adapter merged into its base model; what the adapter brings whole, such as a head, is not missing."""
+    from peft import PeftConfig, PeftModel
 
-    base = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    if not base:
-        raise UserError(f"the adapter {path} does not say which model it belongs to (base_model_name_or_path)")
-    model, info = _load(base, *kinds, **kwargs)
-    return PeftModel.from_pretrained(model, path).merge_and_unload().eval(), info
+    model, info = _load(base_of_adapter(path), *kinds, **kwargs)
+    try:
+        with safe_open(Path(path) / "adapter_model.safetensors", framework="pt") as tensors:
+            names = {name.removeprefix("base_model.model.") for name in tensors.keys()}  # noqa: SIM118
+        brought = {name for name in names if "lora_" not in name}
+        if strange := sorted(brought - model.state_dict().keys()):
+            raise ValueError(f"it has weights for {_some(strange)}, which {type(model).__name__} has not")
+        config = PeftConfig.from_pretrained(path)
+        if config.task_type != "SEQ_CLS":
+            config.task_type = None  # a policy's adapter fits a critic's trunk, too
+        merged = PeftModel.from_pretrained(model, path, config=config).merge_and_unload().eval()
+    except Exception as error:
+        raise cannot_open("adapter", path, error) from None
+    if brought & {"score.weight", "classifier.weight"}:
+        forget_scale(merged)
+    return merged, info | {"missing_keys": set(info["missing_keys"]) - brought}
+
+
+def forget_scale(model: PreTrainedModel) -> None:
+    """Take a reward model's standardisation out of its config: it is of a head that is gone."""
+    for name in ("reward_mean", "reward_std"):
+        if hasattr(model.config, name):
+            delattr(model.config, name)

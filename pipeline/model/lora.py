@@ -11,21 +11,28 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import UserError
 
+ALL_LINEAR = "all-linear"  # peft's word for every matrix but the output layer
+
 
 def add_lora(
-    model: PreTrainedModel, r: int = 16, alpha: int = 32, target_modules: Sequence[str] | None = None
+    model: PreTrainedModel, r: int = 16, alpha: int = 32, target_modules: Sequence[str] | str | None = None
 ) -> nn.Module:
     """Freeze a model and add trained low-rank updates W + (alpha/r)·BA beside its matrices (LoRA, arXiv 2106.09685).
 
-    B starts at 0, so nothing changes at first. `target_modules` are the last parts of module names; None: every matrix
-    of the blocks. The head `score` of a classifier is trained whole. Raises UserError if no module has such a name.
+    B starts at 0, so nothing changes at first. `target_modules` are the last parts of module names; None or
+    "all-linear": every matrix of the blocks; any other text is a regular expression, as peft takes it. The head `score`
+    of a classifier is trained whole. Raises UserError if no module has such a name.
     """
     from peft import LoraConfig, get_peft_model
 
+    if target_modules is None or list(target_modules) == [ALL_LINEAR]:
+        target_modules = ALL_LINEAR
+    elif not isinstance(target_modules, str) and ALL_LINEAR in target_modules:
+        raise UserError(f"lora_target_modules: {ALL_LINEAR} stands for every matrix of the blocks; give it alone")
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
-        target_modules="all-linear" if target_modules is None else list(target_modules),
+        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         lora_dropout=0.0,  # PPO has dropout off everywhere
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         task_type="SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM",

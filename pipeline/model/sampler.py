@@ -8,7 +8,7 @@ result.
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,10 @@ from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogi
 
 from pipeline.errors import UserError
 from pipeline.model.decoder import Decoder, borrowed
-from pipeline.model.gpt import GPTForCausalLM
+from pipeline.model.gpt import MLP, Attention, Block, GPTForCausalLM, GPTModel, RMSNorm
 from pipeline.model.lora import without_wrapper
 
+PARTS = {GPTModel, Block, Attention, MLP, RMSNorm, nn.Linear, nn.Embedding, nn.ModuleList}  # what the decoder knows
 LOOK = 16  # steps on CUDA from one look at which rows have ended to the next: each makes the host wait for the device
 
 
@@ -182,7 +183,7 @@ def stream(
     tokens = torch.tensor([prompt], device=model.device)
     token, slots = tokens[0, -1:], len(prompt) + max_new_tokens
     lent: AbstractContextManager[Decoder | _CachedForward] = (
-        borrowed(model, 1, slots) if isinstance(model, GPTForCausalLM) else nullcontext(_CachedForward(model))
+        borrowed(model, 1, slots) if _is_ours(model) else nullcontext(_CachedForward(model))
     )
     with lent as decoder:
         for step, u in enumerate(uniform.to(model.device)):
@@ -198,6 +199,13 @@ def stream(
 # Our GPT
 
 
+def _is_ours(model: nn.Module) -> TypeGuard[GPTForCausalLM]:
+    """Whether the decoder computes what the model's forward pass does: for our GPT, not for one that changes it."""
+    if not isinstance(model, GPTForCausalLM) or getattr(model.forward, "__func__", None) is not GPTForCausalLM.forward:
+        return False
+    return all(type(part) in PARTS for part in model.modules() if part is not model)
+
+
 def _respond(
     model: PreTrainedModel, prompts: Tensor, starts: Tensor, uniform: Tensor, sampling: Sampling, ends: list[int]
 ) -> tuple[Tensor, Tensor]:
@@ -206,7 +214,7 @@ def _respond(
     What stands after an end token is of no meaning. On CPU rows that have ended leave the batch; on CUDA, where a step
     takes as long for a few rows as for many, the captured step keeps its shape until all have.
     """
-    if not isinstance(model, GPTForCausalLM):
+    if not _is_ours(model):
         return _respond_with_transformers(model, prompts, starts, uniform, sampling, ends)
     steps, rows = uniform.shape
     tokens = torch.zeros(rows, steps, dtype=torch.long, device=prompts.device)

@@ -1,5 +1,6 @@
 """What can be set about PPO. This module knows no networks, so that arguments and trainer can both use it."""
 
+import os
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -128,6 +129,10 @@ class PPOConfig:
     """Held-out figure whose best policy is kept in `best`; rlhf_reward: proxy less missing end tokens and β·KL."""
     save_steps: CountOrZero = 10
     """Updates between two checkpoints; 0: none."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.output_dir, str | os.PathLike):
+            self.output_dir = os.path.expanduser(os.fspath(self.output_dir))
 
     @property
     def total_updates(self) -> int:

@@ -290,6 +290,8 @@ def build_optimizer(args: PPOConfig, trained: list[tuple[nn.Module, float]]) -> 
     groups: list[dict[str, Any]] = []
     for model, rate in trained:
         parameters = [p for p in model.parameters() if p.requires_grad]
+        if not parameters:
+            raise UserError(f"{type(model).__name__}: no weight of it learns (requires_grad is False); set it for some")
         if any(p.dtype != torch.float32 for p in parameters):
             raise UserError(
                 f"{type(model).__name__}: its trained weights are not in fp32, which rounds small steps away; load it "

@@ -9,6 +9,8 @@ from pipeline.ppo import algorithm as A
 from pipeline.ppo.algorithm import Reduce
 from pipeline.ppo.rollout import Rollout
 
+SAME = 1e-6  # relative difference up to which two scores are one, as rounding makes
+
 
 def rollout_metrics(rollout: Rollout, kl: Tensor, kl_coef: float, reduce: Reduce) -> dict[str, float]:
     """Means over the answers (kl, scores, …: sums over an answer's tokens) or tokens (entropy) of all processes."""
@@ -37,6 +39,25 @@ def rollout_metrics(rollout: Rollout, kl: Tensor, kl_coef: float, reduce: Reduce
         gap = (rollout.sampler_logprobs - rollout.logprobs).abs()
         metrics["val/sampler_gap"] = A.masked_mean(gap, mask, reduce).item()
     return metrics
+
+
+def zero_std_share(scores: Tensor, group: int, reduce: Reduce) -> float:
+    """Share of prompts whose `group` answers all have the same score, of scores (B,) in which they follow each other.
+
+    With one answer a prompt there is nothing to compare it with but the others: 1 if all answers of the update, over
+    all processes, have one score, else 0.
+    """
+    scores = scores.double()
+    if group > 1:
+        groups = scores.view(-1, group)
+        centre, off = groups.mean(1), (groups - groups.mean(1, keepdim=True)).abs().amax(1)
+        same, count = (off <= SAME * centre.abs()).sum(), len(groups)
+        total = reduce(torch.stack([same.double(), torch.full_like(centre[0], count)]))
+        return (total[0] / total[1]).item()
+    total = reduce(torch.stack([scores.sum(), torch.full_like(scores[0], len(scores))]))
+    mean = total[0] / total[1]
+    off = reduce((scores - mean).abs().sum()) / total[1]
+    return float(off <= SAME * mean.abs())
 
 
 class MetricSums:

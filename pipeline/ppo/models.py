@@ -6,14 +6,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import UserError
 from pipeline.model.lora import is_lora, without_wrapper
 from pipeline.ppo.advantages import ESTIMATORS
+from pipeline.ppo.algorithm import length_mask
 from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.forward import ReferenceLogprobs, TokenLogprobs, TokenLogprobsAndValues, TokenValues, value_head
 from pipeline.text.tokenizer import check_fits, stop_ids
+
+COMPARED = 32  # tokens of a prompt on which a model's logits are compared with its head's
 
 
 @dataclass
@@ -59,6 +63,27 @@ def build_models(
     return Models(policy, critic, policy_forward, reference_forward, critic_forward)
 
 
+def follow_models(models: Models, prompts: list[list[int]], device: torch.device) -> list[str]:
+    """See on the beginning of some prompts (token ids) whether PPO's log-probabilities are those of the models.
+
+    Where a model's head is not the last step to its logits, they are taken from its forward pass from now on; returns a
+    sentence about it.
+    """
+    rows = [torch.tensor([*ids[:COMPARED], ids[0]]) for ids in prompts]  # the last one is a token to predict
+    ids = pad_sequence(rows, batch_first=True).to(device)
+    lengths = torch.tensor([len(row) - 1 for row in rows], device=device)
+    forwards = {"policy": models.policy_forward, "reference": models.reference_forward}
+    gaps = {name: forward.follow(ids, length_mask(lengths, ids.shape[1])) for name, forward in forwards.items()}
+    names = [name for name, forward in forwards.items() if forward.own_logits]
+    if not names:
+        return []
+    return [
+        f"the logits of {' and '.join(names)} are not those of the head alone: log-probabilities would be off by "
+        f"{max(gaps[name] for name in names):.2g} nats a token, so they are taken from the model's own forward pass, "
+        "which takes more time and memory"
+    ]
+
+
 def check_models(
     policy: nn.Module,
     reference: nn.Module | None,
@@ -68,8 +93,9 @@ def check_models(
 ) -> int | None:
     """Raise UserError where models, settings and tokenizer do not fit together; returns the tokens that all models can
     read, None where there is no limit."""
-    if tokenizer is None:
-        raise UserError("processing_class is missing; pass the policy's tokenizer")
+    for name, model in (("policy", policy), ("reference", reference)):
+        if model is not None:
+            _check_speaks(name, without_wrapper(model))
     _check_critic(critic, args)
     given = {"policy": policy, "reference": reference, "critic": critic}
     models = {name: without_wrapper(model) for name, model in given.items() if model is not None}
@@ -93,6 +119,14 @@ def check_models(
             raise UserError("ref_sync_updates: the reference has other shapes than the policy; set it to 0")
     contexts = [getattr(model.config, "max_position_embeddings", None) for model in models.values()]
     return min((context for context in contexts if context is not None), default=None)
+
+
+def _check_speaks(name: str, model: nn.Module) -> None:
+    """Refuse what is no causal language model of transformers or ours."""
+    if not hasattr(model, "get_input_embeddings") or not hasattr(model, "generate"):
+        raise UserError(f"the {name} is a {type(model).__name__}; pass a causal language model of transformers")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UserError(f"the {name} {type(model).__name__} has an encoder; pass a causal language model")
 
 
 def _check_critic(critic: nn.Module | None, args: PPOConfig) -> None:

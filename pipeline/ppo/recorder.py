@@ -1,6 +1,7 @@
 """Where a PPO run writes and what a person sees of it."""
 
 import contextlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,7 +66,8 @@ class Prints:
     def say(self, sentence: str) -> None:
         """Print on the main process."""
         if self.accelerator.is_main_process:
-            print(sentence, flush=True)
+            known = sys.stdout.encoding or "utf-8"  # a character that the terminal has no code for becomes ?
+            print(sentence.encode(known, errors="replace").decode(known), flush=True)
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Print the numbers of a line on the main process."""

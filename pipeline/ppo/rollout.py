@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.model.sampler import OwnSampler, Sampler, Samples
 from pipeline.ppo.algorithm import length_mask, response_positions
 from pipeline.ppo.config import PPOConfig
+from pipeline.ppo.inputs import as_rows, check_prompts
 from pipeline.text.packing import document_end
 from pipeline.text.tokenizer import answer_texts, encode, prompt_ids
 from reward_data.formats import answer_to, text_of
@@ -28,22 +29,20 @@ PROMPT_ORDER, SAMPLING, SHUFFLING, HELD_OUT, PRETRAINING = 1, 2, 3, 4, 5
 class Prompts:
     """Prompts as token ids, in a seeded order that starts anew each epoch.
 
-    `rows` has a column `prompt` (text, or a list of messages); the others go to the rewards. Raises UserError for a
-    missing column, an empty set, and a prompt that leaves no room for `response_length` tokens in `context`.
+    `rows` has a column `prompt` (text, or a list of messages); the others go to the rewards. It may have any shape that
+    `as_rows` takes. Raises UserError for a missing column, an empty set, and a prompt that leaves no room for
+    `response_length` tokens in `context`.
     """
 
     def __init__(self, rows: Any, tokenizer: Any, response_length: int, context: int | None, name: str) -> None:
-        if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
-            raise UserError(f"{name} is a {type(rows).__name__}; give a list of rows or a Dataset that is not streamed")
-        if len(rows) == 0:
-            raise UserError(f"{name} has no rows; give it at least one prompt")
-        if "prompt" not in rows[0]:
-            raise UserError(f"{name} has no column 'prompt' but {', '.join(map(repr, rows[0]))}; rename the column")
+        rows = as_rows(rows, "prompt", name)
         for column in ("prompts", "completions"):
             if column in rows[0]:
                 raise UserError(f"{name}: the column {column!r} has the name of what rewards are given; rename it")
         self.rows = rows
-        self.ids = prompt_ids(tokenizer, [row["prompt"] for row in rows])
+        prompts = [row["prompt"] for row in rows]
+        check_prompts(prompts, name)
+        self.ids = prompt_ids(tokenizer, prompts)
         for i, ids in enumerate(self.ids):
             if not ids:
                 raise UserError(f"{name}, row {i}: the prompt is empty; give it at least one token")
@@ -55,6 +54,11 @@ class Prompts:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of what goes to the rewards beside prompts and completions."""
+        return [name for name in self.rows[0] if name != "prompt"]
 
     def take(self, indices: Sequence[int]) -> "PromptBatch":
         """The rows of `indices`, with each column as a list."""
@@ -209,14 +213,17 @@ def as_ids(rows: Sequence[Any], tokenizer: Any, end_token: int | None = None) ->
     With `end_token` they are answers: text is encoded as it is and ended by that token.
     """
     ids = []
-    for row in rows:
+    for i, row in enumerate(rows):
         if isinstance(row, str) or (isinstance(row, list) and row and isinstance(row[0], dict)):
             if end_token is None:
                 ids += prompt_ids(tokenizer, [row])
             else:
                 ids.append([*encode(tokenizer, [text_of(row)], add_special_tokens=False)[0], end_token])
         else:
-            ids.append([int(token) for token in row])
+            try:
+                ids.append([int(token) for token in row])
+            except (TypeError, ValueError):
+                raise UserError(f"step, row {i}: give token ids, text or messages, not {row!r:.60}") from None
     return ids
 
 
@@ -321,15 +328,17 @@ def check_sampler(sampler: Any, compares: bool) -> None:
 class PretrainingText:
     """Texts as token ids, each after a document's end as in pretraining, cut at `max_length` tokens.
 
-    `rows` are texts, or rows with a column `text`. Raises UserError for none, or another column.
+    `rows` are texts, or rows with a column `text`, in any shape that `as_rows` takes. Raises UserError for none, or
+    another column.
     """
 
-    def __init__(self, rows: Sequence[Any], tokenizer: Any, max_length: int) -> None:
-        if rows is None or len(rows) == 0:
+    def __init__(self, rows: Any, tokenizer: Any, max_length: int) -> None:
+        if rows is None or (hasattr(rows, "__len__") and len(rows) == 0):
             raise UserError("ptx_coef is set but ptx_dataset is missing or has no rows; give it pretraining text")
-        if not isinstance(rows[0], str) and "text" not in rows[0]:
-            raise UserError(f"ptx_dataset has no column 'text' but {', '.join(map(repr, rows[0]))}; rename the column")
-        texts = [row if isinstance(row, str) else row["text"] for row in rows]
+        texts = [row["text"] for row in as_rows(rows, "text", "ptx_dataset")]
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise UserError(f"ptx_dataset, row {i}: the text is a {type(text).__name__}; give texts")
         begin = document_end(tokenizer)
         self.ids = [[begin, *ids[:max_length]] for ids in encode(tokenizer, texts, add_special_tokens=False) if ids]
         if not self.ids:

@@ -28,8 +28,10 @@ from pipeline.ppo import algorithm as A
 from pipeline.ppo.advantages import ESTIMATORS, check_estimator
 from pipeline.ppo.config import PPOConfig, check_config
 from pipeline.ppo.evaluation import Evaluator
+from pipeline.ppo.inputs import as_list, as_numbers, check_kinds
 from pipeline.ppo.learner import Learner
-from pipeline.ppo.models import build_models, check_models, embedding_count, end_tokens_of
+from pipeline.ppo.metrics import zero_std_share
+from pipeline.ppo.models import build_models, check_models, embedding_count, end_tokens_of, follow_models
 from pipeline.ppo.recorder import Prints, Recorder
 from pipeline.ppo.rollout import (
     SAMPLING,
@@ -45,7 +47,7 @@ from pipeline.ppo.rollout import (
 )
 from pipeline.ppo.state import RunState, identity_of, load_state, save_state
 from pipeline.ppo.watch import watch_evaluation, watch_update
-from pipeline.rewards import RewardFunction, combined
+from pipeline.rewards import RewardFunction, check_takes, combined
 
 Callback = Callable[["PPOTrainer", dict[str, float]], None]
 
@@ -57,7 +59,8 @@ class PPOTrainer:
                       in place
     rewards           `f(prompts, completions, **columns) -> list[float]`, or several, which are added up
     args              PPOConfig
-    train_dataset     rows with `prompt` (text or messages); other columns go to the rewards
+    train_dataset     rows with `prompt` (text or messages): a Dataset, a list, a dictionary of lists or a DataFrame;
+                      other columns go to the rewards
     processing_class  the policy's tokenizer
     critic            sequence classifier with one label; trained in place; None with `share_trunk` or `rloo`
     reference         model of the same vocabulary, frozen here; None: a copy of the policy as it is now, or the policy
@@ -86,20 +89,22 @@ class PPOTrainer:
         gold: RewardFunction | None = None,
         eval_dataset: Any = None,
         ptx_dataset: Any = None,
-        callbacks: Sequence[Callback] = (),
+        callbacks: Callback | Sequence[Callback] = (),
         recorder: Recorder | None = None,
     ) -> None:
-        self.args, self.processing_class, self.callbacks = args, processing_class, list(callbacks)
+        self.callbacks = check_kinds(policy, reference, critic, args, processing_class, gold, callbacks)
+        self.args, self.processing_class = args, processing_class
         self.recorder = recorder or Prints(args)
         accelerator = self.accelerator = self.recorder.accelerator
         check_config(args, accelerator.num_processes)
         check_estimator(args)
+        self.context = check_models(policy, reference, critic, args, processing_class)
         end_tokens, warning = end_tokens_of(policy, processing_class)
         if warning:
             self.recorder.say(f"warning: {warning}")
-        self.context = check_models(policy, reference, critic, args, processing_class)
         self.prompts = self._prompts(train_dataset, "train_dataset")
         self.rewards = combined(rewards)
+        check_takes(self.rewards, self.prompts.columns)
         sampler = OwnSampler() if sampler is None else sampler
         check_sampler(sampler, compares=eval_dataset is not None and is_lora(policy) and reference in (None, policy))
         self.answerer = Answerer(sampler, processing_class, end_tokens, args, accelerator)
@@ -108,6 +113,8 @@ class PPOTrainer:
         if accelerator.device.type == "cpu":
             keep_freed_memory()
         self.models = build_models(policy, reference, critic, args, accelerator.device)
+        for sentence in follow_models(self.models, self.prompts.ids[:4], accelerator.device):
+            self.recorder.say(sentence)
         self.learner = Learner(self.models, args, accelerator, ptx)
         self.evaluator: Evaluator | None = None
         if held_out is not None:
@@ -151,10 +158,10 @@ class PPOTrainer:
         if args.sampler_weight_cap is not None and logprobs is None:
             raise UserError("step: sampler_weight_cap is set; pass the sampler's logprobs, or set it to none")
         rows = GivenRows(
-            prompts=as_ids(prompts, self.processing_class),
-            completions=as_ids(completions, self.processing_class, answerer.end_tokens[0]),
-            scores=[float(score) for score in scores],
-            logprobs=None if logprobs is None else list(logprobs),
+            prompts=as_ids(as_list(prompts, "prompts"), self.processing_class),
+            completions=as_ids(as_list(completions, "completions"), self.processing_class, answerer.end_tokens[0]),
+            scores=as_numbers(scores, "scores"),
+            logprobs=None if logprobs is None else as_list(logprobs, "logprobs"),
         )
         group = args.num_generations if ESTIMATORS[args.advantage_estimator].grouped else 1
         rows.check(
@@ -163,7 +170,9 @@ class PPOTrainer:
         self._begin()
         start = self.learner.clock()
         rollout = rows.rollout(answerer.end_tokens, answerer.pad_token, self.accelerator.device)
+        same = zero_std_share(rollout.scores, group, self.learner.reduce)
         rollout.scores, metrics = self.shape_scores(rollout.scores, rollout.ended)
+        metrics["objective/frac_reward_zero_std"] = same
         return self.learn(rollout, metrics | {"time/sample": 0.0, "time/score": 0.0}, start)
 
     def sample(self, update: int) -> tuple[Rollout, dict[str, float]]:
@@ -176,7 +185,9 @@ class PPOTrainer:
         self.answerer.sync(self.models.policy)
         samples, completions = self.answerer.answer(batch, seeded(args.seed, SAMPLING, update, rank))
         sampled = clock()
-        scores, metrics = self.shape_scores(self.score(batch, completions), samples.ended)
+        rewards = self.score(batch, completions)
+        scores, metrics = self.shape_scores(rewards, samples.ended)
+        metrics["objective/frac_reward_zero_std"] = zero_std_share(rewards, args.num_generations, self.learner.reduce)
         return Rollout.of(samples, scores), metrics | {"time/sample": sampled - start, "time/score": clock() - sampled}
 
     def learn(self, rollout: Rollout, metrics: dict[str, float], start: float) -> dict[str, float]:
@@ -377,7 +388,13 @@ class PPOTrainer:
             raise UserError("eval_steps is set but eval_dataset is missing; give held-out prompts, or set it to 0")
         if self.args.best_metric == "gold" and self.args.eval_steps and gold is None:
             raise UserError("best_metric is gold but there is no gold judge; give one, or choose another figure")
-        return None if rows is None else self._prompts(rows, "eval_dataset")
+        if rows is None:
+            return None
+        prompts = self._prompts(rows, "eval_dataset")
+        check_takes(self.rewards, prompts.columns)
+        if gold is not None:
+            check_takes(gold, prompts.columns, "gold")
+        return prompts
 
     def _pretraining_text(self, rows: Any) -> PretrainingText:
         longest = self.args.ptx_max_length if self.context is None else min(self.args.ptx_max_length, self.context - 1)

@@ -12,6 +12,9 @@ ENTROPY = 0.1  # share of the first update's entropy
 LENGTH = 1.5  # times the first update's length
 TRUNCATED = 0.5  # rise of the share without an end token
 GAP = 0.05  # nats a token between the sampler's log-probabilities and training's; bf16 makes 0.005
+FLAT = 3  # updates one after the other in which no answer's score differs from another's
+UNEXPLAINED = -1.0  # explained variance below which a critic is worse than the mean of the returns by as much again
+UNTAUGHT = 8  # updates one after the other below it; a new critic may start there
 GOLD = 2.0  # standard errors of a fall of gold
 
 
@@ -50,7 +53,32 @@ def watch_update(watched: dict[str, Any], metrics: dict[str, float], batch_size:
             f"answers went from {was[1]:.0f} to {now[1]:.0f} tokens, and from {was[2]:.0%} to {now[2]:.0%} without an "
             "end token: see whether the reward likes length, raise missing_eos_penalty or kl_coef"
         )
-    return _once(watched, new)
+    return _once(watched, new | _streaks(watched, metrics))
+
+
+def _streaks(watched: dict[str, Any], metrics: dict[str, float]) -> dict[str, str]:
+    """Sentences about what is wrong only if it stays for several updates."""
+    explained = metrics.get("val/explained_variance", 0.0)
+    rows = watched.setdefault("rows", {"flat": 0, "critic": 0})
+    for name, wrong in (
+        ("flat", metrics.get("objective/frac_reward_zero_std") == 1.0),
+        ("critic", explained < UNEXPLAINED),
+    ):
+        rows[name] = rows[name] + 1 if wrong else 0
+    new = {}
+    if rows["flat"] >= FLAT:
+        new["flat"] = (
+            f"the reward has given all answers to a prompt the same score in {FLAT} updates one after the other, so "
+            "there is nothing to learn from it but the KL penalty; see whether it reads the answers, and whether some "
+            "of them can be better than others"
+        )
+    if rows["critic"] >= UNTAUGHT:
+        new["critic"] = (
+            f"val/explained_variance is {explained:.3g} and was below {UNEXPLAINED:g} in {UNTAUGHT} updates one after "
+            "the other: the critic's values are further from the returns than their mean is, and the advantages are "
+            "its errors; raise critic_learning_rate or critic_warmup_updates, or take advantage_estimator rloo"
+        )
+    return new
 
 
 def watch_evaluation(watched: dict[str, Any], metrics: dict[str, float]) -> list[str]:

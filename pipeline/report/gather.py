@@ -17,6 +17,16 @@ from pipeline.chain import CHAIN
 from pipeline.errors import UserError
 
 STAGES = {stage.name: stage for stage in CHAIN if stage.name != "report"}
+Shape = dict[str, Any]
+"""Keys that an object must have, each with the types that its value may have."""
+NUMBER = (int, float)
+RECORD: Shape = {
+    **dict.fromkeys(("stage", "preset", "command", "started", "device"), str),
+    **dict.fromkeys(("config", "inputs", "metrics", "versions"), dict),
+    **dict.fromkeys(("seed", "processes"), int),
+    "seconds": NUMBER,
+}
+SAMPLE: Shape = {"index": int, **dict.fromkeys(("prompt", "policy", "completion"), str)}
 POLICY_FIGURES = ("gold", "proxy", "kl", "length", "distinct_2")
 
 
@@ -77,34 +87,75 @@ def read_run(folder: Path | str) -> Run:
     for name in STAGES:
         file = run.folder / name / "stage.json"
         if file.is_file():
-            run.stages[name] = _read(file)
+            run.stages[name] = _read(file, RECORD)
+            for given in run.stages[name]["inputs"].values():
+                _check_shape(file, given, {"path": str, "sha256": str})
             metrics = file.with_name("metrics.jsonl")
-            run.metrics[name] = _read(metrics) if metrics.is_file() else []
+            run.metrics[name] = _read(metrics, {}) if metrics.is_file() else []
     if not run.stages:
         raise UserError(f"report: no stage has finished in {folder}; run `make` first, or set run_dir")
     if "evaluate" in run.stages:
-        scores = _read(run.folder / "evaluate" / "scores.json")
+        scores = _read(run.folder / "evaluate" / "scores.json", {"policies": dict, "win_rate": dict})
         run.policies, run.win_rate = scores["policies"], scores["win_rate"]
         run.num_prompts = scores.get("num_prompts")
-        run.samples = _read(run.folder / "evaluate" / "samples.jsonl")
+        run.samples = _read(run.folder / "evaluate" / "samples.jsonl", SAMPLE)
+        _check_scores(run)
     calibration = run.folder / "reward" / "calibration.json"
     if "reward" in run.stages and calibration.is_file():
-        run.calibration = _read(calibration)
+        run.calibration = _read(calibration, {"bins": list})
+        for place in run.calibration["bins"]:
+            _check_shape(calibration, place, dict.fromkeys(("predicted", "observed", "n"), NUMBER))
     return run
 
 
-def _read(file: Path) -> Any:
-    """The content of a .json file, or the rows of a .jsonl file."""
+def _read(file: Path, shape: Shape) -> Any:
+    """The content of a .json file, or the rows of a .jsonl file; each an object with at least the keys of `shape`."""
     by_line = file.suffix == ".jsonl"
     try:
         text = file.read_text(encoding="utf-8")
-        # Not splitlines: JSON leaves U+2028 and its like in a text as they are, and they end no line
-        return [json.loads(line) for line in text.split("\n") if line] if by_line else json.loads(text)
+        # By newline alone: U+2028 and its like may stand within a text
+        read = [json.loads(line) for line in text.split("\n") if line.strip()] if by_line else json.loads(text)
     except FileNotFoundError:
-        problem = "is missing"
+        raise _unreadable(file, "is missing") from None
     except ValueError:
-        problem = "has a line that is not JSON" if by_line else "is damaged"
-    raise UserError(f"report: {file} {problem}; run `make {file.parent.name}` again")
+        raise _unreadable(file, "has a line that is not JSON" if by_line else "is damaged") from None
+    for row in read if by_line else [read]:
+        _check_shape(file, row, shape)
+    return read
+
+
+def _check_shape(file: Path, value: Any, shape: Shape) -> None:
+    if not isinstance(value, dict):
+        raise _unreadable(file, f"has {json.dumps(value)[:40]} where an object should be")
+    for key, kinds in shape.items():
+        if not isinstance(value.get(key), kinds):
+            raise _unreadable(file, f"lacks {key}, or has something else there")
+
+
+def _check_scores(run: Run) -> None:
+    """Raise UserError unless scores.json has what the report shows of each policy and comparison."""
+    file = run.folder / "evaluate" / "scores.json"
+    _check_shape(file, run.policies, {"sft": dict, "ppo": dict})
+    _check_shape(file, run.win_rate, {"ppo_vs_sft": dict} if run.win_rate else {})
+    for figures in run.policies.values():
+        _check_shape(file, figures, dict.fromkeys(POLICY_FIGURES, (*NUMBER, type(None))))
+        figures |= dict.fromkeys(POLICY_FIGURES) | figures  # null where one was not recorded
+        if figures["gold"] is not None and not _is_interval(figures.get("gold_ci95")):
+            raise _unreadable(file, "has a gold_ci95 that is no interval")
+    for wins in run.win_rate.values():
+        _check_shape(file, wins, {"mean": NUMBER, "n": int})
+        if not _is_interval(wins.get("ci95")):
+            raise _unreadable(file, "has a ci95 that is no interval")
+    for row in run.samples:
+        row.setdefault("gold", None)
+
+
+def _is_interval(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
+
+
+def _unreadable(file: Path, problem: str) -> UserError:
+    return UserError(f"report: {file} {problem}; run `make {file.parent.name}` again")
 
 
 def _is_number(value: Any) -> bool:
@@ -139,9 +190,10 @@ def headline(run: Run) -> tuple[str, str]:
         return "No verdict yet", f"Finished so far: {done}. The policies have not been judged: run make evaluate."
     sft, ppo, win = run.policies["sft"], run.policies["ppo"], run.win_rate.get("ppo_vs_sft")
     if win is None:
+        before, after, kl = number(sft["proxy"], ".2f"), number(ppo["proxy"], ".2f"), number(ppo["kl"], ".1f")
         return "No gold judge", (
-            f"Without one, all there is to see is that PPO moved the reward model's score from "
-            f"{sft['proxy']:.2f} to {ppo['proxy']:.2f} at a KL of {ppo['kl']:.1f} nats."
+            f"Without one, all there is to see is that PPO moved the reward model's score from {before} to {after} at "
+            f"a KL of {kl} nats."
         )
     low, high = win["ci95"]
     verdict = "better" if low > 0.5 else "worse" if high < 0.5 else None
@@ -220,10 +272,19 @@ def stage_table(run: Run) -> Table:
     """The time, data, parameters and headline figures of every finished stage."""
     rows = {}
     for name, record in run.stages.items():
-        figures = [(run.final(name, metric), form) for metric, form in STAGES[name].figures]
-        said = ", ".join(form.format(value) for value, form in figures if value is not None)
+        figures = [_figure(run, name, metric, form) for metric, form in STAGES[name].figures]
+        said = ", ".join(figure for figure in figures if figure)
         rows[name] = [name, duration(record["seconds"]), _data(record), _parameters(run.folder / name), said or "–"]
     return Table(["Stage", "Time", "Data", "Parameters", "Result"], rows)
+
+
+def _figure(run: Run, stage: str, metric: str, form: str) -> str:
+    """A figure in words, with its interval and number where the stage recorded `<metric>_ci95` and `<metric>_n`."""
+    value, interval, n = (run.final(stage, metric + end) for end in ("", "_ci95", "_n"))
+    if not _is_number(value):
+        return ""
+    within = f" (95% interval {interval[0]:.1%} to {interval[1]:.1%}, n {n})" if interval and n else ""
+    return form.format(value) + within
 
 
 def _data(record: dict[str, Any]) -> str:

@@ -17,9 +17,10 @@ class RunArguments:
     """Fields that everything has that belongs to a run."""
 
     preset: str = "stories"
-    """Name of the recipe, for the report."""
-    run_dir: str = "runs/stories"
-    """Folder of the whole run; `{run_dir}` in any other field stands for it."""
+    """Name of the recipe, for the report and the run's folder."""
+    run_dir: str = "runs/{run}"
+    """Folder of the whole run; `{run}` in it stands for preset and seed as `make` names a run (stories, stories-seed1),
+    `{run_dir}` in any other field for the folder."""
     seed: Seed = 0
     """Seed of everything random in this stage: data, initial weights, order, sampling."""
 

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import datetime
 import errno
+import io
 import os
 import sys
 import warnings
@@ -24,6 +25,7 @@ UNSHOWN = {"learning_rate"}  # metrics.jsonl has it; it follows from the step
 
 def run(main: Callable[[ArgumentsT], None], kind: type[ArgumentsT]) -> None:
     """Parse the arguments, call `main`, and turn a UserError or a full disk into one sentence and exit code 2."""
+    print_anything()
     _quiet_libraries()
     try:
         main(parse(kind))
@@ -38,6 +40,12 @@ def run(main: Callable[[ArgumentsT], None], kind: type[ArgumentsT]) -> None:
     except KeyboardInterrupt:
         _exit("stopped; the same command goes on from the last checkpoint, if there is one", code=130)
     leave()
+
+
+def print_anything() -> None:
+    """A character that the terminal or log file has no code for (→ in latin-1) is printed as ?, and stops nothing."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def processes() -> int:

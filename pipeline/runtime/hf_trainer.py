@@ -1,7 +1,6 @@
 """What the three Trainer-based stages (pretrain, sft, reward) share: arguments, callback, exact resume, saving."""
 
 import dataclasses
-import resource
 import statistics
 import sys
 import time
@@ -17,6 +16,11 @@ from pipeline.model.optim import MuonFactory
 from pipeline.runtime.arguments import TrainingFields
 from pipeline.runtime.nan_guard import NanGuard
 from pipeline.runtime.record import Stage
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 
 def training_kwargs(args: TrainingFields, stage: Stage) -> dict[str, Any]:
@@ -145,9 +149,11 @@ class StageCallback(TrainerCallback):
 
 
 def peak_memory_mb() -> int:
-    """The most memory so far: of the GPU what tensors took, without one what this process took."""
+    """The most memory so far: of the GPU what tensors took, without one what this process took; 0 where unknown."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() // 2**20
+    if resource is None:
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20
 

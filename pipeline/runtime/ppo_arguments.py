@@ -30,8 +30,8 @@ class PPOArguments(StageArguments, PPOConfig):
     lora_alpha: Count = 32
     """The updates are scaled by lora_alpha / lora_r; only with use_peft."""
     lora_target_modules: list[str] | None = None
-    """Last parts of the names of the policy's matrices that get an update; none: all of its blocks. The critic's get
-    one all over. Only with use_peft."""
+    """Last parts of the names of the policy's matrices that get an update; none or all-linear: all of its blocks. The
+    critic's get one all over. Only with use_peft."""
     reward: list[str] = field(default_factory=lambda: ["{run_dir}/reward"])
     """Rewards: folders of reward models and functions `module:name`; their weighted sum is optimised. Several in one
     entry, with commas between, are an ensemble: one reward."""

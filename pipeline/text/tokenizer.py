@@ -6,6 +6,8 @@ refuses a character that it has no entry for. Padding is never an end token: pad
 and values (huggingface/trl#5303).
 """
 
+import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +27,8 @@ PAD, END_OF_TEXT, SYSTEM, USER, ASSISTANT, END_OF_TURN = SPECIAL_TOKENS = (
     "<|assistant|>",
     "<|end|>",
 )
+
+ADAPTER = "adapter_config.json"
 
 # The markers tell TRL which tokens the assistant wrote; the end of its turn is one of them, or it never learns to stop.
 CHAT_TEMPLATE = (
@@ -106,12 +110,15 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
     Where it has no other (GPT-2's), `<|pad|>` is added at the end, for which `models.fit_embeddings` makes room.
     """
+    path = os.path.expanduser(path)
     if is_local(path) and not Path(path).is_dir():
         raise UserError(f"no tokenizer can be opened from {path}: there is no such folder")
+    if (Path(path) / ADAPTER).is_file() and not any(Path(path).glob("tokenizer*")):
+        return load_tokenizer(base_of_adapter(path))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer can be opened from {path}: {one_line(error)}") from None
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # the libraries raise a dozen kinds for a damaged folder
+        raise cannot_open("tokenizer", path, error) from None
     vocabulary = tokenizer.get_vocab()
     if vocabulary.keys() <= set(tokenizer.all_special_tokens):
         # What transformers makes of a config.json alone: it would turn every text into nothing
@@ -123,6 +130,33 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         if tokenizer.pad_token is None:
             tokenizer.add_special_tokens({"pad_token": PAD})
     return tokenizer
+
+
+def base_of_adapter(path: str) -> str:
+    """The folder or hub name of the model that a LoRA adapter's folder belongs to."""
+    try:
+        base = json.loads((Path(path) / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        raise UserError(f"the adapter {path} cannot be opened: {ADAPTER} is damaged") from None
+    if not isinstance(base, str) or not base:
+        raise UserError(f"the adapter {path} does not say which model it belongs to (base_model_name_or_path)")
+    if Path(base).expanduser().resolve() == Path(path).resolve():
+        raise UserError(f"the adapter {path} names itself as its model (base_model_name_or_path)")
+    return base
+
+
+def cannot_open(what: str, path: str, error: Exception) -> UserError:
+    """A sentence about a model, adapter or tokenizer folder that the libraries refused."""
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"{path} brings Python code of its own (auto_map), which is never run here; take a {what} of an "
+            "architecture that transformers knows"
+        )
+    if "ignore_mismatched_sizes" in str(error):
+        return UserError(
+            f"no {what} can be opened from {path}: its weights have other shapes than its config.json says"
+        )
+    return UserError(f"no {what} can be opened from {path}: {one_line(error) or type(error).__name__}")
 
 
 def check_fits(tokenizer: PreTrainedTokenizerBase, vocab_size: int, what: str) -> None:
