@@ -13,7 +13,7 @@ from fake_run import ANSWERS, POLICIES, PROMPTS, SECONDS, WIN_RATE, write_run
 from rich.console import Console
 from safetensors.torch import save_file
 
-from pipeline.errors import UserError
+from pipeline.errors import NothingToDo, UserError
 from pipeline.report import gather as report
 from pipeline.report.page import page
 from pipeline.report.plots import PALETTE, STYLE, draw_plots
@@ -244,12 +244,44 @@ def test_an_empty_run_and_damaged_files_are_user_errors(tmp_path: Path) -> None:
         make(tmp_path)
     folder = write_run(tmp_path / "run")
     (folder / "ppo/metrics.jsonl").write_text('{"step": 1}\n{"st')
-    with pytest.raises(UserError, match=r"ppo/metrics.jsonl has a line that is not JSON; run `make ppo` again"):
+    with pytest.raises(
+        UserError, match=r"ppo/metrics.jsonl has a line that is not JSON \(line 2\); run `make ppo ARGS"
+    ):
         make(folder)
     (folder / "ppo/metrics.jsonl").write_text("")
     (folder / "evaluate/scores.json").unlink()
     with pytest.raises(UserError, match=r"scores\.json is missing"):
         make(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("sft/stage.json", "{}", "stage.json is damaged: stage is missing or of another type; run `make sft"),
+        ("sft/stage.json", "[]", "stage.json is damaged: it holds no object"),
+        ("sft/stage.json", '{"stage": "sft"', "stage.json is damaged"),
+        ("ppo/metrics.jsonl", '{"step": 1}\n123\n', "metrics.jsonl is damaged in line 2"),
+        ("evaluate/scores.json", "{}", "scores.json is damaged: policies is missing"),
+        ("evaluate/scores.json", '{"policies": {"sft": {}}, "win_rate": {}}', "lacks the figures of a policy"),
+        ("evaluate/samples.jsonl", '{"index": 1}\n', "samples.jsonl is damaged in line 1"),
+        ("reward/calibration.json", "[]", "calibration.json is damaged"),
+        ("reward/calibration.json", '{"bins": [1], "margins": []}', "calibration.json is damaged"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, file: str, content: str, sentence: str) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / file).write_text(content)
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        make(folder)
+
+
+def test_a_finished_report_is_shown_again_and_left(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = write_run(tmp_path / "run", ("tokenizer", "pretrain"))
+    page = (make(folder) / "report.html").read_bytes()
+    with pytest.raises(NothingToDo, match="is finished already with these settings and inputs"):
+        make(folder)
+    assert capsys.readouterr().out.count("No verdict yet") == 2
+    assert (folder / "report/report.html").read_bytes() == page
 
 
 def test_a_stage_without_metrics_has_no_plots(tmp_path: Path) -> None:

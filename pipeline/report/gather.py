@@ -17,6 +17,16 @@ from pipeline.chain import CHAIN
 from pipeline.errors import UserError
 
 STAGES = {stage.name: stage for stage in CHAIN if stage.name != "report"}
+# What must be in a stage's record, and of which type.
+RECORDED: dict[str, Any] = {
+    "stage": str,
+    "preset": str,
+    "seed": int,
+    "seconds": int | float,
+    "metrics": dict,
+    "config": dict,
+    "inputs": dict,
+}
 POLICY_FIGURES = ("gold", "proxy", "kl", "length", "distinct_2")
 
 
@@ -77,33 +87,74 @@ def read_run(folder: Path | str) -> Run:
     for name in STAGES:
         file = run.folder / name / "stage.json"
         if file.is_file():
-            run.stages[name] = _read(file)
+            run.stages[name] = _read(file, RECORDED)
+            if not all(_has(read, "path", "sha256") for read in run.stages[name]["inputs"].values()):
+                raise _unreadable(file, "is damaged: inputs have neither path nor sha256")
             metrics = file.with_name("metrics.jsonl")
-            run.metrics[name] = _read(metrics) if metrics.is_file() else []
+            run.metrics[name] = _read_rows(metrics) if metrics.is_file() else []
     if not run.stages:
         raise UserError(f"report: no stage has finished in {folder}; run `make` first, or set run_dir")
     if "evaluate" in run.stages:
-        scores = _read(run.folder / "evaluate" / "scores.json")
+        scores = _read(run.folder / "evaluate" / "scores.json", {"policies": dict, "win_rate": dict})
         run.policies, run.win_rate = scores["policies"], scores["win_rate"]
+        lacking = [name for name in ("sft", "ppo") if not _has(run.policies.get(name), "gold", "proxy", "kl")]
+        if lacking or not all(_has(policy, "gold") for policy in run.policies.values()):
+            raise _unreadable(run.folder / "evaluate" / "scores.json", "lacks the figures of a policy")
         run.num_prompts = scores.get("num_prompts")
-        run.samples = _read(run.folder / "evaluate" / "samples.jsonl")
+        run.samples = _read_rows(run.folder / "evaluate" / "samples.jsonl", ("index", "prompt", "policy", "completion"))
     calibration = run.folder / "reward" / "calibration.json"
     if "reward" in run.stages and calibration.is_file():
-        run.calibration = _read(calibration)
+        run.calibration = _read(calibration, {"bins": list, "margins": list})
+        if not all(_has(each, "n", "predicted", "observed") for each in run.calibration["bins"]):
+            raise _unreadable(calibration, "is damaged")
     return run
 
 
-def _read(file: Path) -> Any:
-    """The content of a .json file, or the rows of a .jsonl file."""
-    by_line = file.suffix == ".jsonl"
+def _read(file: Path, needed: dict[str, Any]) -> dict[str, Any]:
+    """The object in a .json file. Raises UserError where it lacks one of `needed`, or has it of another type."""
     try:
-        text = file.read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines() if line] if by_line else json.loads(text)
+        content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        problem = "is missing"
+        raise _unreadable(file, "is missing") from None
     except ValueError:
-        problem = "has a line that is not JSON" if by_line else "is damaged"
-    raise UserError(f"report: {file} {problem}; run `make {file.parent.name}` again")
+        raise _unreadable(file, "is damaged") from None
+    if not isinstance(content, dict):
+        raise _unreadable(file, "is damaged: it holds no object")
+    for name, kind in needed.items():
+        if not isinstance(content.get(name), kind):
+            raise _unreadable(file, f"is damaged: {name} is missing or of another type")
+    return content
+
+
+def _read_rows(file: Path, needed: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """The objects in the lines of a .jsonl file. Raises UserError for a line that is none, or lacks one of `needed`."""
+    rows = []
+    try:
+        # Not splitlines, which splits at characters that may stand in a text
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise _unreadable(file, "is missing") from None
+    except ValueError:
+        raise _unreadable(file, "is damaged") from None
+    for number, line in enumerate(lines, start=1):
+        if line:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                raise _unreadable(file, f"has a line that is not JSON (line {number})") from None
+            if not _has(row, *needed):
+                raise _unreadable(file, f"is damaged in line {number}")
+            rows.append(row)
+    return rows
+
+
+def _has(value: Any, *names: str) -> bool:
+    return isinstance(value, dict) and all(name in value for name in names)
+
+
+def _unreadable(file: Path, problem: str) -> UserError:
+    again = f"run `make {file.parent.name} ARGS='--fresh True'` to make it again"
+    return UserError(f"report: {file} {problem}; {again}")
 
 
 def _is_number(value: Any) -> bool:

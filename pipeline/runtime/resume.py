@@ -74,13 +74,13 @@ class Earlier:
         if (folder / RECORD).exists():
             record = read_object(folder / RECORD) or {}
             outputs = record.get("outputs")
+            outputs = outputs if isinstance(outputs, dict) else {}
             try:
-                parts = (record[name] for name in ("stage", "config", "inputs", "processes"))
-                identity = identity_of(*parts, bf16=record.get("bf16"))
+                stage, config, inputs, processes = (record[k] for k in ("stage", "config", "inputs", "processes"))
+                identity = identity_of(stage, config, inputs, processes, record.get("bf16"))
             except (KeyError, TypeError, AttributeError):
                 identity = None
-            stage = record.get("stage") or begun.get("stage")
-            return cls(stage, identity, True, outputs if isinstance(outputs, dict) else {})
+            return cls(record.get("stage") or begun.get("stage"), identity, True, outputs)
         if "config" not in begun:  # damaged; each checkpoint has it too
             newest = latest_checkpoint(folder / "checkpoints", lambda sentence: None)
             begun = (newest and read_object(newest / IDENTITY)) or {}
@@ -98,6 +98,10 @@ def check_place(stage: str, output_dir: Path, inputs: Mapping[str, str]) -> None
     if (output_dir.exists() and not output_dir.is_dir()) or (output_dir / "checkpoints").is_file():
         in_the_way = output_dir / "checkpoints" if output_dir.is_dir() else output_dir
         raise UserError(f"{stage}: {in_the_way} is a file where a folder is needed; choose another output_dir")
+    for name in (METRICS, RECORD):
+        if (output_dir / name).is_dir():
+            where = output_dir / name
+            raise UserError(f"{stage}: {where} is a folder where a file is needed; choose another output_dir")
     earlier = Earlier.of(output_dir)
     if earlier and earlier.stage not in (None, stage):
         raise UserError(
