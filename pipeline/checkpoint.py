@@ -50,7 +50,9 @@ def replacing(path: Path) -> Iterator[IO[str]]:
             stream.flush()
             os.fsync(stream.fileno())
         beside.replace(path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # for the sentence that is made of it
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
         raise

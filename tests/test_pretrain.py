@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -351,6 +352,32 @@ def test_nan_stops_at_its_step_and_names_the_batch(
     monkeypatch.setattr(pretrain, "GPTForCausalLM", GPTForCausalLM)
     pretrain.main(arguments(run, tmp_path / "on", model_name_or_path=str(kept), learning_rate=1e-4, max_steps=2))
     assert math.isfinite(metrics(tmp_path / "on")["val_loss"])
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_a_sentence_and_the_run_goes_on(
+    run: Path, tmp_path: Path, plain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A file that may not grow fails as one on a full disk does: here from the second checkpoint on."""
+    limits, seal = resource.getrlimit(resource.RLIMIT_FSIZE), hf_trainer.seal
+
+    def seal_and_fill(folder: Path) -> None:
+        seal(folder)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+
+    monkeypatch.setattr("sys.argv", ["pretrain", *words(run, tmp_path)])
+    monkeypatch.setattr(hf_trainer, "seal", seal_and_fill)
+    try:
+        with pytest.raises(SystemExit) as leaving:
+            run_stage(pretrain.main, PretrainArguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().err
+    assert leaving.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
+    assert fault_of(tmp_path / "checkpoints/checkpoint-4") is None
+    monkeypatch.setattr(hf_trainer, "seal", seal)
+    run_stage(pretrain.main, PretrainArguments)
+    assert "going on from" in capsys.readouterr().out and largest_difference(plain, tmp_path) == 0
 
 
 # ---- resume and processes -------------------------------------------------------------------------------------------

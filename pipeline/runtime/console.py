@@ -5,6 +5,7 @@ import contextlib
 import datetime
 import errno
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -49,7 +50,8 @@ def fault_of_the_disk(error: Exception) -> str | None:
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno in DISK:
         return f"{error.strerror}: {error.filename or 'the output folder'}; nothing more was written"
-    if "os error 28" in text or "PytorchStreamWriter" in text or "inline_container" in text:
+    of_rust = re.search(r"os error (\d+)", text)  # safetensors, tokenizers
+    if (of_rust and int(of_rust[1]) in DISK) or "PytorchStreamWriter" in text or "inline_container" in text:
         return (
             f"a file cannot be written, is the disk full? ({text[:200]}); make room, then give the same command again"
         )
