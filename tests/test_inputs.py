@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoint import save_checkpoint, sha256_of
-from pipeline.errors import UserError
+from pipeline.errors import NothingToDo, UserError
 from pipeline.runtime import inputs
 from pipeline.runtime.arguments import PretrainArguments, SFTArguments
 from pipeline.runtime.command_line import resolve
+from pipeline.runtime.ppo_arguments import PPOArguments
 from pipeline.runtime.record import Stage
 
 
@@ -146,3 +147,31 @@ def test_an_unreadable_file_is_a_sentence(run: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(inputs, "sha256_of", refuses)
     with pytest.raises(UserError, match=r"pretrain/config.json cannot be read \(Permission denied\)"):
         open_sft(run)
+
+
+def test_the_code_of_a_reward_is_an_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on, or is called finished, with another reward under the old name would be of neither."""
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "my_reward_code.py"
+    file.write_text("def score(prompts, completions): ...")
+
+    def stage() -> Stage:
+        args = PPOArguments(
+            run_dir=str(tmp_path / "run"), reward=["my_reward_code:score"], gold="reward_data.stories:gold"
+        )
+        return Stage(resolve(args), "ppo", {})
+
+    first = stage()
+    first.finish({})
+    assert list(first.inputs) == ["my_reward_code:score", "reward_data.stories:gold"]
+    assert all(len(read["sha256"]) == 64 for read in first.inputs.values())
+    with pytest.raises(NothingToDo):
+        stage()
+    file.write_text("def score(prompts, completions): return 1")
+    assert stage().resume_from is None
+    (tmp_path / "run/ppo/stage.json").unlink()
+    with pytest.raises(UserError, match="my_reward_code:score: other content"):
+        stage()
+    assert (
+        inputs.code_of({"dataset": "nowhere_module:config", "lr": 1, "model": "a/b:c", "x": "no such.module:f"}) == {}
+    )

@@ -2,11 +2,15 @@
 
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
 
+from pipeline.checkpoint import save_checkpoint, write_json, write_jsonl
 from pipeline.errors import UserError
 from pipeline.model import hardware
 from pipeline.runtime import inputs
@@ -125,3 +129,39 @@ def test_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     with pytest.raises(SystemExit) as leaving:
         run_stage(main, SFTArguments)
     assert leaving.value.code == 130 and "goes on from the last checkpoint" in capsys.readouterr().err
+
+
+def tokenizers_save(folder: Path) -> None:
+    words = {f"a-word-of-some-length-{i}": i for i in range(9000)}
+    Tokenizer(models.WordLevel(words, unk_token="a-word-of-some-length-0")).save(str(folder / "tokenizer.json"))
+
+
+WRITERS = {
+    "torch": lambda folder: torch.save(torch.zeros(100_000), folder / "state.pt"),
+    "safetensors": lambda folder: save_file({"a": torch.zeros(100_000)}, folder / "model.safetensors"),
+    "json": lambda folder: write_json(folder / "scores.json", "x" * 400_000),
+    "jsonl": lambda folder: write_jsonl(folder / "samples.jsonl", ["x" * 400_000]),
+    "tokenizers": tokenizers_save,
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_file_that_cannot_be_written_is_a_sentence_and_nothing_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, writer: str
+) -> None:
+    """A file that may not grow fails as one on a full disk does, in every library."""
+
+    def main(_: SFTArguments) -> None:
+        save_checkpoint(tmp_path, 1, WRITERS[writer])
+
+    monkeypatch.setattr("sys.argv", ["sft"])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as leaving:
+            run_stage(main, SFTArguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().err
+    assert leaving.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
+    assert list(tmp_path.iterdir()) == []

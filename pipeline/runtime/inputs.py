@@ -1,8 +1,11 @@
 """What a stage reads: its fingerprint, and whether it is what the stage before it left there."""
 
+import contextlib
 import hashlib
+import importlib.util
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +77,25 @@ def fingerprint(stage: str, key: str, path: str, run_dir: str) -> dict[str, str]
         return {"path": path, "sha256": sums[place]}
     lines = "".join(f"{file.relative_to(place)} {sha256}\n" for file, sha256 in sums.items())
     return {"path": path, "sha256": hashlib.sha256(lines.encode()).hexdigest()}
+
+
+def code_of(settings: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Fingerprints of the Python files behind settings of the form `module:function` (rewards, judges, labellers).
+
+    A package counts with all that is in it. A module that is not found is left to who wants to call it.
+    """
+    listed = (value if isinstance(value, list) else [value] for value in settings.values())
+    names = {name for values in listed for value in values if isinstance(value, str) for name in value.split(",")}
+    found = {}
+    for name in sorted(name for name in names if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name)):
+        with contextlib.suppress(ImportError, ValueError):
+            spec = importlib.util.find_spec(name.partition(":")[0])
+            if spec and spec.origin and Path(spec.origin).suffix == ".py":
+                file = Path(spec.origin)
+                files = sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
+                sums = "".join(f"{each.relative_to(file.parent)} {sha256_of(each)}\n" for each in files)
+                found[name] = {"path": name, "sha256": hashlib.sha256(sums.encode()).hexdigest()}
+    return found
 
 
 def check_as_left(what: str, place: Path, sums: dict[Path, str]) -> None:

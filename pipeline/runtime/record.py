@@ -32,7 +32,7 @@ from pipeline.lock import hold, release
 from pipeline.model.hardware import keep_freed_memory, use_bf16
 from pipeline.runtime.arguments import StageArguments
 from pipeline.runtime.console import console, line_of, processes, progress_bar
-from pipeline.runtime.inputs import RECORD, fingerprint, outputs_of
+from pipeline.runtime.inputs import RECORD, code_of, fingerprint, outputs_of
 from pipeline.runtime.resume import Resume, check_place, identity_of
 from pipeline.text.sources import GENERATORS
 
@@ -84,6 +84,7 @@ class Stage:
         _check_writable(self.output_dir)
         hold(self.output_dir)
         config = dataclasses.asdict(self.args)
+        self.inputs |= code_of(config)
         identity = identity_of(self.name, config, self.inputs, processes(), self._bf16)
         try:
             self._resume = Resume(self.output_dir, identity, self.args.fresh, self.say)

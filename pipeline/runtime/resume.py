@@ -107,9 +107,9 @@ def check_place(stage: str, output_dir: Path, inputs: Mapping[str, str]) -> None
         raise UserError(
             f"{output_dir} is the folder of the stage {earlier.stage}; choose another output_dir for {stage}"
         )
-    if earlier is None and output_dir.is_dir() and (name := _strange(output_dir)):
+    if earlier is None and output_dir.is_dir() and (strange := _strange(output_dir)):
         raise UserError(
-            f"{output_dir} has files that no stage wrote ({name}), which {stage} would mix with its own; choose "
+            f"{output_dir} has files that no stage wrote ({strange}), which {stage} would mix with its own; choose "
             "another output_dir"
         )
 
