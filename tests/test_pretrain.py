@@ -427,6 +427,15 @@ def test_two_processes_share_a_stream(run: Path, tmp_path: Path) -> None:
     # The same rows in each step: with a row twice, or another one, the losses would be far apart.
     assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-5
     assert metrics(tmp_path / "two")["val_loss"] == pytest.approx(metrics(tmp_path / "one")["val_loss"], rel=1e-6)
+    # Of two processes one decides for both, and says it.
+    again = subprocess.run([*launch, *command], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert again.returncode == 0 and again.stdout.count("is finished already") == 1, again.stderr[-2000:]
+    (tmp_path / "two/stage.json").unlink()
+    other = [*command, "--learning_rate", "0.5"]
+    refused = subprocess.run([*launch, *other], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert refused.returncode and "error: the run that was begun in" in refused.stderr
+    assert "learning_rate: 0.001 → 0.5" in refused.stderr and "weights" not in refused.stderr
+    assert (tmp_path / "two/model.safetensors").exists()
 
 
 def test_compile_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,6 +147,15 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again_in_place
     assert sorted(contents(tmp_path / "sft")) == ["checkpoints/identity.json", "metrics.jsonl"], "halves are gone"
 
 
+def test_what_only_shows_rows_neither_writes_nor_locks_nor_is_refused(tmp_path: Path) -> None:
+    finished(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    args = arguments(tmp_path, learning_rate=0.5)
+    args.show = 3
+    assert Stage(args, "sft", {}).resume_from is None
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 

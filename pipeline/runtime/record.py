@@ -49,6 +49,7 @@ class Stage:
     resume_from  the checkpoint to go on from; None: from the beginning
     shown        names of the metrics to print, None for all; metrics.jsonl has all of them
     progress     `console.progress_bar`, on the main process
+    show         how many rows are to be shown and nothing else done; 0: none. Nothing is written then
 
     Raises UserError, before any work, if an input is missing or not as it was left, if the output folder cannot be
     written, is an input, somebody else's or in use, or holds a run that cannot go on; NothingToDo if it holds this very
@@ -64,6 +65,7 @@ class Stage:
         self.started, self.clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
         self.shown: tuple[str, ...] | None = None
         self.progress = partial(progress_bar, shown=self.is_main)
+        self.show = getattr(args, "show", 0)
         self.inputs: dict[str, dict[str, str]] = {}
         self._resume: Resume | None = None
         read = {key: path for key, path in inputs.items() if path and path not in GENERATORS}
@@ -75,12 +77,15 @@ class Stage:
 
     def _look(self, read: dict[str, str]) -> Path | None:
         """The checkpoint to go on from, after all that can be checked has been; on the main process."""
-        check_place(self.name, self.output_dir, read)
+        if not self.show:
+            check_place(self.name, self.output_dir, read)
         keys: dict[str, str] = {}  # by path, as a folder that is read for two things is hashed once
         for key, path in read.items():
             keys.setdefault(path, key)
         known = {path: fingerprint(self.name, key, path, self.args.run_dir) for path, key in keys.items()}
         self.inputs = {key: known[path] for key, path in read.items()}
+        if self.show:  # looks at the rows alone: nothing is written, not even the folder
+            return None
         _check_writable(self.output_dir)
         hold(self.output_dir)
         config = dataclasses.asdict(self.args)
