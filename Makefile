@@ -70,13 +70,16 @@ $(filter-out $(STAGES),$(CHAIN)):
 
 # A stage's stamp holds its settings; it changes only when they do, and only for stages named on the command line, so
 # that `make sft ARGS=… && make ppo` keeps that sft. (`+`: compared under `make -n` too, or it would list every stage.)
+# `--fresh True` is no setting: it runs the named stages whatever their stamps say.
 GOALS := $(or $(filter-out $(PRESET),$(MAKECMDGOALS)),all)
 NAMED = $(if $(filter all smoke,$(GOALS)),$(STAGES),$(filter $(STAGES),$(GOALS)))
+SETTINGS = $(subst ','\'',$(if $(FRESH),$(strip $(subst --fresh True,,$(ARGS))),$(ARGS)))
+FRESH  := $(findstring --fresh True,$(ARGS))
 .PHONY: FORCE
 FORCE:
 $(RUN)/.settings/%: FORCE
 	+@mkdir -p $(@D)
-	+@$(if $(filter $*,$(NAMED)),echo '$(SEED) $(subst ','\'',$(ARGS))' | cmp -s - $@ || echo '$(SEED) $(subst ','\'',$(ARGS))' > $@,test -e $@ || echo '$(SEED) ' > $@)
+	+@$(if $(filter $*,$(NAMED)),echo '$(SEED) $(SETTINGS)' | cmp -s - $@ || echo '$(SEED) $(SETTINGS)' > $@,test -e $@ || echo '$(SEED) ' > $@)
 
 # A data set that is a file or folder of the user's is an input too.
 files_of = $(wildcard $(shell sed -n 's/^dataset: *\([^ #]*\).*/\1/p' configs/$(PRESET)/$(1).yaml 2>/dev/null))
@@ -87,7 +90,7 @@ $(RUN)/.settings/text: FORCE
 
 define stage
 $(1): $(RUN)/$(1)/stage.json
-$(RUN)/$(1)/stage.json: $(2:%=$(RUN)/%/stage.json) configs/$(PRESET)/$(1).yaml $(inputs_of) | $(READY)
+$(RUN)/$(1)/stage.json: $(2:%=$(RUN)/%/stage.json) configs/$(PRESET)/$(1).yaml $(inputs_of) $(if $(FRESH),$(if $(filter $(1),$(NAMED)),FORCE)) | $(READY)
 	@$$(LAUNCH) stages.$(1) --config configs/$(PRESET)/$(1).yaml --run_dir $(RUN) --seed $(SEED) $(if $(text_for),--dataset $(call quoted,$(TEXT))) $$(if $$(filter $(1),$$(NAMED)),$$(ARGS))
 	@test -e $$@ || { echo 'error: stages.$(1) ended without $$@: does its file call run() and stage.finish()?' >&2; exit 2; }
 endef

@@ -6,6 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.checkpoint import write_json
+from pipeline.errors import NothingToDo
 from pipeline.report import gather as report
 from pipeline.report.page import markdown, page
 from pipeline.report.plots import draw_plots
@@ -18,7 +19,11 @@ def main(args: ReportArguments) -> None:
     """Write report.html, report.md, plots/ and summary.json, then show the short of it in the terminal."""
     run = report.read_run(args.run_dir)
     inputs: dict[str, str | None] = {name: str(run.folder / name / "stage.json") for name in run.stages}
-    stage = Stage(args, "report", inputs)
+    try:
+        stage = Stage(args, "report", inputs)
+    except NothingToDo:
+        show(run, args, console)
+        raise
     if not stage.is_main:
         return
     plots = draw_plots(run)

@@ -1,10 +1,12 @@
 """Checkpoints are complete and verified, or passed over."""
 
+import errno
 from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import fault_of, latest_checkpoint, save_checkpoint, seal, write_json
+from pipeline import checkpoint
+from pipeline.checkpoint import fault_of, latest_checkpoint, save_checkpoint, seal, write_json, write_jsonl
 
 
 def writer(text: str):
@@ -30,7 +32,11 @@ def test_a_new_checkpoint_outlives_damaged_ones_of_later_steps(tmp_path: Path) -
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
 
 
-@pytest.mark.parametrize("damage", ["flip a byte", "cut", "lose a file", "lose the manifest", "spoil the manifest"])
+DAMAGES = ["flip a byte", "cut", "lose a file", "add a file", "lose the manifest", "spoil the manifest"]
+DAMAGES += ["a list for a manifest", "an empty manifest", "a manifest of one file", "a folder for a file"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(tmp_path: Path, damage: str) -> None:
     save_checkpoint(tmp_path, 1, writer("one"))
     newest = save_checkpoint(tmp_path, 2, writer("two"))
@@ -39,6 +45,11 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(tmp_path: Pa
         "flip a byte": lambda: state.write_text("twp"),
         "cut": lambda: state.write_text("tw"),
         "lose a file": state.unlink,
+        "add a file": lambda: (newest / "more.bin").write_text("more"),
+        "a list for a manifest": lambda: manifest.write_text("[]"),
+        "an empty manifest": lambda: manifest.write_text("{}"),
+        "a manifest of one file": lambda: (newest / "other.bin").write_text(manifest.read_text()),
+        "a folder for a file": lambda: (state.unlink(), state.mkdir()),
         "lose the manifest": manifest.unlink,
         "spoil the manifest": lambda: manifest.write_text("{"),
     }[damage]()
@@ -64,16 +75,63 @@ def test_a_kill_while_writing_leaves_the_one_before(tmp_path: Path) -> None:
 def test_sealed_trainer_folders_count_and_unsealed_ones_do_not(tmp_path: Path) -> None:
     for step in (5, 7):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "optimizer.pt").write_text("x")
+        (tmp_path / f"checkpoint-{step}" / "model.bin").write_text("x")
     seal(tmp_path / "checkpoint-5")
     assert fault_of(tmp_path / "checkpoint-5") is None
     assert latest_checkpoint(tmp_path, lambda _: None).name == "checkpoint-5"
     assert latest_checkpoint(tmp_path / "nowhere") is None
 
 
-def test_json_is_never_half_written(tmp_path: Path) -> None:
+def test_files_are_never_half_written(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     write_json(file, {"a": 1})
     with pytest.raises(TypeError):
         write_json(file, {"a": object()})
     assert '"a": 1' in file.read_text()
+    write_jsonl(tmp_path / "rows.jsonl", [{"a": "\u2028"}])
+    with pytest.raises(TypeError):
+        write_jsonl(tmp_path / "rows.jsonl", [{"b": 1}, object()])
+    assert (tmp_path / "rows.jsonl").read_text() == '{"a": "\u2028"}\n'
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "rows.jsonl"], "nothing is left beside them"
+
+
+@pytest.mark.parametrize(
+    "name", ["state.pt", "optimizer.pt", "rng_state.pth", "model.safetensors", "trainer_state.json"]
+)
+def test_rubbish_is_passed_over_though_its_sums_fit(tmp_path: Path, name: str) -> None:
+    save_checkpoint(tmp_path, 1, writer("one"))
+    newest = save_checkpoint(tmp_path, 2, lambda folder: (folder / name).write_bytes(b"rubbish"))
+    said: list[str] = []
+    assert latest_checkpoint(tmp_path, said.append).name == "step-00000001"
+    assert said == [f"checkpoint {newest} is not used: {name} cannot be read"], "and nobody is told to open it unsafely"
+
+
+def test_a_file_or_an_odd_name_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "step-00000009").write_text("mine")
+    for name in ("step-²", "step-last", "checkpoint-"):
+        (tmp_path / name).mkdir()
+    save_checkpoint(tmp_path, 1, writer("one"))
+    assert latest_checkpoint(tmp_path).name == "step-00000001"
+    assert (tmp_path / "step-00000009").read_text() == "mine" and (tmp_path / "step-last").exists()
+
+
+def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 1, writer("one"))
+
+    def fills(folder: Path) -> None:
+        (folder / "state.bin").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(tmp_path, 2, fills)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_unreadable_files_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    newest = save_checkpoint(tmp_path, 2, writer("two"))
+
+    def refuses(path: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpoint, "sha256_of", refuses)
+    assert fault_of(newest) == f"{newest}/state.bin cannot be read (Permission denied)"

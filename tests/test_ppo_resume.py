@@ -6,6 +6,7 @@ import torch
 from ppo_tools import config, count_t7, critic, end_alike, policy, prompts, same, trainer, weights
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from pipeline.checkpoint import seal
 from pipeline.errors import UserError
 from pipeline.model.gpt import GPTForCausalLM
 
@@ -83,7 +84,7 @@ def test_a_policy_given_as_its_own_reference_is_copied(tmp_path):
 def test_resume_refuses_another_run(tmp_path):
     first = trainer(tmp_path, save_steps=1, total_episodes=16)
     first.train()
-    with pytest.raises(UserError, match="written with seed 0, now it is 1"):
+    with pytest.raises(UserError, match=r"with other settings: seed: 0 → 1\. Set them back, or choose another output"):
         trainer(tmp_path, save_steps=1, total_episodes=16, seed=1).train()
 
 
@@ -93,7 +94,7 @@ def test_resume_refuses_another_run(tmp_path):
 )
 def test_resume_refuses_other_settings(tmp_path, change):
     trainer(tmp_path, save_steps=1, total_episodes=16).train()
-    with pytest.raises(UserError, match=f"written with {next(iter(change))} "):
+    with pytest.raises(UserError, match=f"written with other settings: {next(iter(change))}: "):
         trainer(tmp_path, save_steps=1, total_episodes=16, **change).train()
 
 
@@ -106,9 +107,37 @@ def test_resume_says_so_and_takes_what_changes_no_result(tmp_path, capsys):
     assert "step-00000002: 2 of 3 updates are done" in capsys.readouterr().out
 
 
+def test_resume_names_all_settings_that_differ(tmp_path):
+    trainer(tmp_path, save_steps=1, total_episodes=16).train()
+    with pytest.raises(UserError, match=r"kl_coef: 0\.05 → 9\.0; gamma: 1\.0 → 0\.9\. Set them back"):
+        trainer(tmp_path, save_steps=1, total_episodes=16, kl_coef=9.0, gamma=0.9).train()
+
+
+@pytest.mark.parametrize("content", ["rubbish", {}, {"state": {}}, {"state": 3}, "other optimizers"])
+def test_a_resealed_checkpoint_of_rubbish_is_no_traceback(tmp_path, content):
+    """Bytes that are no checkpoint are passed over for the one before; a state of another form is a sentence."""
+    with pytest.raises(Killed):
+        trainer(tmp_path, save_steps=1, callbacks=[kill_after(3)]).train()
+    newest = tmp_path / "checkpoints" / "step-00000002"
+    if content == "rubbish":
+        (newest / "state.pt").write_bytes(b"rubbish")
+        seal(newest)
+        second = trainer(tmp_path, save_steps=1)
+        second.train()
+        assert second.rows[0]["step"] == 2
+        return
+    if content == "other optimizers":
+        content = torch.load(newest / "state.pt", weights_only=True)
+        content["optimizers"]["policy"] = {"state": {}, "param_groups": []}
+    torch.save(content, newest / "state.pt")
+    seal(newest)
+    with pytest.raises(UserError, match=r"is of another version|has a state that cannot be taken up"):
+        trainer(tmp_path, save_steps=1).train()
+
+
 def test_resume_refuses_other_models_and_other_held_out_prompts(tmp_path):
     trainer(tmp_path, save_steps=1, total_episodes=16, eval_steps=1, eval_rows=prompts(3)).train()
-    with pytest.raises(UserError, match="written with held-out prompts 3, now it is 4"):
+    with pytest.raises(UserError, match="written with other settings: held-out prompts: 3 → 4"):
         trainer(tmp_path, save_steps=1, total_episodes=16, eval_steps=1, eval_rows=prompts(4)).train()
     wide = GPTForCausalLM(config(hidden_size=64))
     with pytest.raises(UserError, match="step-00000002 is of other models"):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -353,6 +354,32 @@ def test_nan_stops_at_its_step_and_names_the_batch(
     assert math.isfinite(metrics(tmp_path / "on")["val_loss"])
 
 
+@pytest.mark.slow
+def test_a_full_disk_is_a_sentence_and_the_run_goes_on(
+    run: Path, tmp_path: Path, plain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A file that may not grow fails as one on a full disk does: here from the second checkpoint on."""
+    limits, seal = resource.getrlimit(resource.RLIMIT_FSIZE), hf_trainer.seal
+
+    def seal_and_fill(folder: Path) -> None:
+        seal(folder)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+
+    monkeypatch.setattr("sys.argv", ["pretrain", *words(run, tmp_path)])
+    monkeypatch.setattr(hf_trainer, "seal", seal_and_fill)
+    try:
+        with pytest.raises(SystemExit) as leaving:
+            run_stage(pretrain.main, PretrainArguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().err
+    assert leaving.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
+    assert fault_of(tmp_path / "checkpoints/checkpoint-4") is None
+    monkeypatch.setattr(hf_trainer, "seal", seal)
+    run_stage(pretrain.main, PretrainArguments)
+    assert "going on from" in capsys.readouterr().out and largest_difference(plain, tmp_path) == 0
+
+
 # ---- resume and processes -------------------------------------------------------------------------------------------
 
 MUON = {
@@ -400,6 +427,15 @@ def test_two_processes_share_a_stream(run: Path, tmp_path: Path) -> None:
     # The same rows in each step: with a row twice, or another one, the losses would be far apart.
     assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-5
     assert metrics(tmp_path / "two")["val_loss"] == pytest.approx(metrics(tmp_path / "one")["val_loss"], rel=1e-6)
+    # Of two processes one decides for both, and says it.
+    again = subprocess.run([*launch, *command], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert again.returncode == 0 and again.stdout.count("is finished already") == 1, again.stderr[-2000:]
+    (tmp_path / "two/stage.json").unlink()
+    other = [*command, "--learning_rate", "0.5"]
+    refused = subprocess.run([*launch, *other], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert refused.returncode and "error: the run that was begun in" in refused.stderr
+    assert "learning_rate: 0.001 → 0.5" in refused.stderr and "weights" not in refused.stderr
+    assert (tmp_path / "two/model.safetensors").exists()
 
 
 def test_compile_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from fake_run import ANSWERS, POLICIES, PROMPTS, SECONDS, WIN_RATE, write_run
 from rich.console import Console
 from safetensors.torch import save_file
 
-from pipeline.errors import UserError
+from pipeline.errors import NothingToDo, UserError
 from pipeline.report import gather as report
 from pipeline.report.page import page
 from pipeline.report.plots import PALETTE, STYLE, draw_plots
@@ -244,7 +244,9 @@ def test_an_empty_run_and_damaged_files_are_user_errors(tmp_path: Path) -> None:
         make(tmp_path)
     folder = write_run(tmp_path / "run")
     (folder / "ppo/metrics.jsonl").write_text('{"step": 1}\n{"st')
-    with pytest.raises(UserError, match=r"ppo/metrics.jsonl has a line that is not JSON; run `make ppo` again"):
+    with pytest.raises(
+        UserError, match=r"ppo/metrics.jsonl has a line that is not JSON \(line 2\); run `make ppo ARGS"
+    ):
         make(folder)
     (folder / "ppo/metrics.jsonl").write_text("")
     (folder / "evaluate/scores.json").unlink()
@@ -284,7 +286,7 @@ def test_a_damaged_file_is_named_with_the_stage_to_run_again(
     if isinstance(content, dict):
         content = json.dumps(json.loads((folder / file).read_text()) | content)
     (folder / file).write_text(content)
-    with pytest.raises(UserError, match=rf"report: .*{file} .*{sentence}.*; run `make {file.split('/')[0]}` again"):
+    with pytest.raises(UserError, match=rf"report: .*{file} .*{sentence}.*; run `make {file.split('/')[0]} ARGS"):
         make(folder)
 
 
@@ -296,6 +298,15 @@ def test_a_line_separator_within_an_answer_ends_no_line(tmp_path: Path) -> None:
     (folder / "evaluate/samples.jsonl").write_text(text, encoding="utf-8")
     assert report.read_run(folder).samples == rows
     make(folder)
+
+
+def test_a_finished_report_is_shown_again_and_left(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = write_run(tmp_path / "run", ("tokenizer", "pretrain"))
+    page = (make(folder) / "report.html").read_bytes()
+    with pytest.raises(NothingToDo, match="is finished already with these settings and inputs"):
+        make(folder)
+    assert capsys.readouterr().out.count("No verdict yet") == 2
+    assert (folder / "report/report.html").read_bytes() == page
 
 
 def test_a_stage_without_metrics_has_no_plots(tmp_path: Path) -> None:

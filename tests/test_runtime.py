@@ -2,15 +2,18 @@
 
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
 
-from pipeline.checkpoint import save_checkpoint
+from pipeline.checkpoint import save_checkpoint, write_json, write_jsonl
 from pipeline.errors import UserError
 from pipeline.model import hardware
-from pipeline.runtime import resume
+from pipeline.runtime import inputs
 from pipeline.runtime.arguments import SFTArguments
 from pipeline.runtime.command_line import resolve
 from pipeline.runtime.console import run as run_stage
@@ -19,10 +22,6 @@ from pipeline.runtime.record import Stage
 
 def arguments(tmp_path: Path, **fields: object) -> SFTArguments:
     return resolve(SFTArguments(run_dir=str(tmp_path), mixed_precision="no", **fields))
-
-
-def write(folder: Path) -> None:
-    (folder / "state").write_text("x")
 
 
 def test_metrics_and_record(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -35,103 +34,6 @@ def test_metrics_and_record(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert record["inputs"] == {} and record["metrics"] == {"eval_loss": 1.5} and record["tokens"] == 10
     assert record["config"]["learning_rate"] == 1e-3 and record["processes"] == 1
     assert "step 1  loss 2.5" in capsys.readouterr().out
-
-
-def test_same_settings_go_on_other_settings_start_anew(tmp_path: Path) -> None:
-    first = Stage(arguments(tmp_path), "sft", {})
-    first.log({"step": 1, "loss": 3.0})
-    first.log({"step": 2, "loss": 2.0})
-    save_checkpoint(first.checkpoints, 1, write)
-    again = Stage(arguments(tmp_path, logging_steps=3), "sft", {})  # what is shown may change
-    assert again.resume_from == again.checkpoints / "step-00000001"
-    steps = [json.loads(s)["step"] for s in (tmp_path / "sft/metrics.jsonl").read_text().splitlines()]
-    assert steps == [1], "the line after the checkpoint will be written again"
-    other = Stage(arguments(tmp_path, learning_rate=1e-4), "sft", {})
-    assert other.resume_from is None
-    assert list(other.checkpoints.glob("step-*")), "nothing goes before everything has been checked"
-    other.begin()
-    assert not list(other.checkpoints.glob("step-*")) and (tmp_path / "sft/metrics.jsonl").read_text() == ""
-
-
-def test_a_refused_command_removes_nothing(tmp_path: Path) -> None:
-    stage = Stage(arguments(tmp_path), "sft", {})
-    stage.log({"step": 1, "loss": 3.0})
-    save_checkpoint(stage.checkpoints, 1, write)
-    stage.finish({})
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    Stage(arguments(tmp_path, learning_rate=1e-4), "sft", {})  # and then some check fails
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-
-
-@pytest.mark.parametrize("name", ["checkpoints/my_weights.pt", "metrics.jsonl"])
-def test_what_no_stage_wrote_is_left_alone(tmp_path: Path, name: str) -> None:
-    file = tmp_path / "sft" / name
-    file.parent.mkdir(parents=True)
-    file.write_text("mine")
-    with pytest.raises(UserError, match=r"no stage wrote, and sft would remove them; choose another output_dir"):
-        Stage(arguments(tmp_path), "sft", {})
-    assert file.read_text() == "mine"
-
-
-@pytest.mark.parametrize("call", ["write_json", "rmtree"])
-def test_a_kill_while_making_room_leaves_the_folder_ours(tmp_path: Path, monkeypatch, call: str) -> None:
-    stage = Stage(arguments(tmp_path), "sft", {})
-    stage.log({"step": 1, "loss": 3.0})
-    save_checkpoint(stage.checkpoints, 1, write)
-
-    def killed(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(resume, "write_json", killed) if call == "write_json" else patch.setattr("shutil.rmtree", killed)
-        with pytest.raises(KeyboardInterrupt):
-            Stage(arguments(tmp_path, learning_rate=1e-4), "sft", {}).begin()
-    assert Stage(arguments(tmp_path, learning_rate=1e-4), "sft", {}).resume_from is None
-
-
-def test_a_renamed_run_goes_on(tmp_path: Path) -> None:
-    model = tmp_path / "one" / "pretrain"
-    model.mkdir(parents=True)
-    (model / "config.json").write_text("{}")
-    first = Stage(arguments(tmp_path / "one"), "sft", {"model": str(model)})
-    first.begin()
-    save_checkpoint(first.checkpoints, 1, write)
-    (tmp_path / "one").rename(tmp_path / "two")
-    moved = Stage(arguments(tmp_path / "two"), "sft", {"model": str(tmp_path / "two" / "pretrain")})
-    assert moved.resume_from == tmp_path / "two/sft/checkpoints/step-00000001"
-
-
-def test_what_an_earlier_run_left_goes_with_it(tmp_path: Path) -> None:
-    stage = Stage(arguments(tmp_path), "sft", {})
-    for name in ("best", "ema"):
-        (stage.output_dir / name).mkdir()
-    stage.begin()
-    assert (stage.output_dir / "best").exists(), "in a folder that is new to us they are the user's"
-    stage.finish({})
-    Stage(arguments(tmp_path), "sft", {}).begin()
-    assert not (stage.output_dir / "best").exists() and not (stage.output_dir / "ema").exists()
-
-
-def test_changed_input_starts_anew(tmp_path: Path) -> None:
-    data = tmp_path / "rows.jsonl"
-    data.write_text("1")
-    first = Stage(arguments(tmp_path), "sft", {"dataset": str(data)})
-    first.begin()
-    save_checkpoint(first.checkpoints, 1, write)
-    assert Stage(arguments(tmp_path), "sft", {"dataset": str(data)}).resume_from is not None
-    data.write_text("2")
-    assert Stage(arguments(tmp_path), "sft", {"dataset": str(data)}).resume_from is None
-
-
-def test_a_finished_stage_starts_anew(tmp_path: Path) -> None:
-    stage = Stage(arguments(tmp_path), "sft", {})
-    stage.begin()
-    save_checkpoint(stage.checkpoints, 1, write)
-    stage.finish({})
-    again = Stage(arguments(tmp_path), "sft", {})
-    assert again.resume_from is None and (tmp_path / "sft/stage.json").exists()
-    again.begin()
-    assert not (tmp_path / "sft/stage.json").exists()
 
 
 def test_fingerprints_follow_content_and_name_what_is_missing(tmp_path: Path) -> None:
@@ -163,7 +65,7 @@ def test_the_fingerprint_of_a_data_set_has_its_folders_and_of_a_large_file_its_e
     first = fingerprint()
     file.write_bytes(b"a" * 2_500_000 + b"b" + b"a" * 2_499_999)
     assert fingerprint() != first, "every byte counts"
-    monkeypatch.setattr(resume, "HASHED_WHOLE", 4_000_000)
+    monkeypatch.setattr(inputs, "HASHED_WHOLE", 4_000_000)
     sampled = fingerprint()
     assert fingerprint() == sampled and len(sampled) == 64
     os.utime(file, (1, 1))
@@ -227,3 +129,39 @@ def test_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     with pytest.raises(SystemExit) as leaving:
         run_stage(main, SFTArguments)
     assert leaving.value.code == 130 and "goes on from the last checkpoint" in capsys.readouterr().err
+
+
+def tokenizers_save(folder: Path) -> None:
+    words = {f"a-word-of-some-length-{i}": i for i in range(9000)}
+    Tokenizer(models.WordLevel(words, unk_token="a-word-of-some-length-0")).save(str(folder / "tokenizer.json"))
+
+
+WRITERS = {
+    "torch": lambda folder: torch.save(torch.zeros(100_000), folder / "state.pt"),
+    "safetensors": lambda folder: save_file({"a": torch.zeros(100_000)}, folder / "model.safetensors"),
+    "json": lambda folder: write_json(folder / "scores.json", "x" * 400_000),
+    "jsonl": lambda folder: write_jsonl(folder / "samples.jsonl", ["x" * 400_000]),
+    "tokenizers": tokenizers_save,
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_file_that_cannot_be_written_is_a_sentence_and_nothing_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, writer: str
+) -> None:
+    """A file that may not grow fails as one on a full disk does, in every library."""
+
+    def main(_: SFTArguments) -> None:
+        save_checkpoint(tmp_path, 1, WRITERS[writer])
+
+    monkeypatch.setattr("sys.argv", ["sft"])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as leaving:
+            run_stage(main, SFTArguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().err
+    assert leaving.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
+    assert list(tmp_path.iterdir()) == []

@@ -53,9 +53,10 @@ ROOMS = {
     "model": {"errors", "text"},
     "rewards": {"errors", "text", "model"},
     "judging": {"errors", "text", "model"},
-    "ppo": {"errors", "bounds", "checkpoint", "text", "model", "rewards", "judging"},
+    "checkpoint": {"errors", "identity"},
+    "ppo": {"errors", "bounds", "identity", "checkpoint", "lock", "text", "model", "rewards", "judging"},
     "report": {"errors", "chain", "judging"},
-    "runtime": {"errors", "bounds", "checkpoint", "chain", "text", "model", "ppo"},
+    "runtime": {"errors", "bounds", "identity", "checkpoint", "lock", "chain", "text", "model", "ppo"},
 }
 
 

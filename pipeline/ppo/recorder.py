@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 
 from pipeline.checkpoint import latest_checkpoint
 from pipeline.errors import UserError
+from pipeline.lock import hold
 from pipeline.model.hardware import use_bf16
 from pipeline.ppo.config import PPOConfig
 
@@ -53,7 +54,7 @@ class Prints:
 
     def __init__(self, args: PPOConfig) -> None:
         self.accelerator = build_accelerator(args)
-        self.checkpoints = Path(args.output_dir) / "checkpoints"
+        self.checkpoints, self.keeps = Path(args.output_dir) / "checkpoints", args.save_steps > 0
 
     @property
     def resume_from(self) -> Path | None:
@@ -61,7 +62,10 @@ class Prints:
         return latest_checkpoint(self.checkpoints, self.say)
 
     def begin(self) -> None:
-        """Nothing has to be made ready."""
+        """Keep other processes from writing checkpoints there too, where there will be any."""
+        if self.keeps and self.accelerator.is_main_process:
+            self.checkpoints.parent.mkdir(parents=True, exist_ok=True)
+            hold(self.checkpoints.parent)
 
     def say(self, sentence: str) -> None:
         """Print on the main process."""

@@ -18,20 +18,10 @@ from torch import nn
 
 from pipeline.checkpoint import save_checkpoint
 from pipeline.errors import UserError
+from pipeline.identity import differences, may_change
 from pipeline.model.lora import is_lora, trained_weights
 from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.learner import Learner
-
-# What may change between the parts of a script's run; of anything else, its result would be of neither. (A stage has a
-# list of its own in runtime/resume.py.)
-FREE = (
-    "output_dir",
-    "gradient_checkpointing",
-    "per_device_train_batch_size",
-    "logging_steps",
-    "eval_steps",
-    "save_steps",
-)
 
 
 @dataclass
@@ -92,37 +82,52 @@ def save_state(checkpoints: Path, learner: Learner, state: RunState, identity: d
 
 def load_state(folder: Path, learner: Learner, identity: dict[str, Any]) -> RunState:
     """Put a learner that has just been built back to where `save_state` left it; UserError if it is of another run."""
-    content = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    content = _content_of(folder)
     try:
-        state = RunState(**content["state"])
-    except (KeyError, TypeError):
+        state, then, optimizers = RunState(**content["state"]), content["identity"], content["optimizers"]
+        random_state = content["random"][learner.rank]
+    except (KeyError, TypeError, IndexError):
         sentence = f"checkpoint {folder} is of another version of this project; choose another output_dir"
         raise UserError(sentence) from None
     now = _plain(identity)
-    for name, then in content["identity"].items():
-        if name in now and now[name] != then:
-            raise UserError(
-                f"checkpoint {folder} was written with {name} {then}, now it is {now[name]}; "
-                "set it back, or remove the checkpoints to start anew"
-            )
+    if changed := differences({name: value for name, value in then.items() if name in now}, now):
+        raise UserError(
+            f"checkpoint {folder} was written with other settings: {'; '.join(changed)}. Set them back, or choose "
+            "another output_dir"
+        )
     try:
         for name, model in networks_of(learner).items():
             _load_weights(model, folder / f"{name}.safetensors")
     except (RuntimeError, KeyError) as error:
         raise UserError(
             f"checkpoint {folder} is of other models: {' '.join(str(error).split())[:200]}; give the models that the "
-            "run began with, or remove the checkpoints to start anew"
+            "run began with, or choose another output_dir"
         ) from None
-    for name, optimizer in learner.optimizers.items():
-        optimizer.load_state_dict(content["optimizers"][name])
-        optimizer.zero_grad()
-    _set_random_state(content["random"][learner.rank])
+    try:
+        for name, optimizer in learner.optimizers.items():
+            optimizer.load_state_dict(optimizers[name])
+            optimizer.zero_grad()
+        _set_random_state(random_state)
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        sentence = f"checkpoint {folder} has a state that cannot be taken up ({' '.join(str(error).split())[:200]})"
+        raise UserError(
+            f"{sentence}; move it away to go on from the one before, or choose another output_dir"
+        ) from None
     return state
+
+
+def _content_of(folder: Path) -> dict[str, Any]:
+    try:
+        return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    except Exception:  # as many kinds as there are kinds of rubbish; what torch says advises to open it unsafely
+        raise UserError(
+            f"checkpoint {folder} cannot be read (state.pt); move it away to go on from the one before"
+        ) from None
 
 
 def identity_of(learner: Learner, prompts: int, held_out: int) -> dict[str, Any]:
     """What must be equal in all parts of a run: settings, LoRA's shape, processes, numbers of prompts."""
-    fixed = {f.name: getattr(learner.args, f.name) for f in fields(PPOConfig) if f.name not in FREE}
+    fixed = {f.name: getattr(learner.args, f.name) for f in fields(PPOConfig) if not may_change(f.name, "ppo")}
     models = {"lora": learner.models.policy, "critic's lora": learner.models.critic}
     lora = {name: None if model is None else _lora_of(model) for name, model in models.items()}
     return {**fixed, **lora, "processes": learner.world, "prompts": prompts, "held-out prompts": held_out}

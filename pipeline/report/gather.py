@@ -155,7 +155,8 @@ def _is_interval(value: Any) -> bool:
 
 
 def _unreadable(file: Path, problem: str) -> UserError:
-    return UserError(f"report: {file} {problem}; run `make {file.parent.name}` again")
+    again = f"run `make {file.parent.name} ARGS='--fresh True'` to make it again"
+    return UserError(f"report: {file} {problem}; {again}")
 
 
 def _is_number(value: Any) -> bool:

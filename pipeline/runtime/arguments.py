@@ -31,6 +31,8 @@ class StageArguments(RunArguments):
 
     output_dir: str = "{run_dir}/stage"
     """Folder that this stage writes: the model (or data), metrics.jsonl, stage.json, checkpoints/."""
+    fresh: bool = False
+    """Begin anew, whatever an earlier run left in output_dir; that is moved to `<output_dir>.old-1`, `.old-2`, …"""
 
 
 @dataclass

@@ -6,20 +6,24 @@ import datetime
 import errno
 import io
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 
-from pipeline.errors import UserError
+from pipeline.errors import NothingToDo, UserError
 from pipeline.runtime.command_line import ArgumentsT, parse
 
 console = Console(highlight=False)
 UNITS = {"grad_norm": "grad {:.3g}", "tokens_per_s": "{:,.0f} tok/s", "mfu": "{:.0%} of peak", "memory_mb": "{:,} MB"}
+# What a disk that is full, read-only, damaged or of others has for an answer.
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTEMPTY}
 UNSHOWN = {"learning_rate"}  # metrics.jsonl has it; it follows from the step
 
 
@@ -29,14 +33,15 @@ def run(main: Callable[[ArgumentsT], None], kind: type[ArgumentsT]) -> None:
     _quiet_libraries()
     try:
         main(parse(kind))
+    except NothingToDo as said:
+        if os.environ.get("RANK", "0") == "0":
+            console.print(escape(str(said)), soft_wrap=True)
     except UserError as error:
         _exit(str(error))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        _exit(f"{error.strerror}: {error.filename or 'the output folder'}; nothing more was written")
-    except SafetensorError as error:
-        _exit(f"weights cannot be read or written ({error}); is a file cut off, or the disk full?")
+    except Exception as error:
+        if sentence := fault_of_the_disk(error):
+            _exit(sentence)
+        raise
     except KeyboardInterrupt:
         _exit("stopped; the same command goes on from the last checkpoint, if there is one", code=130)
     leave()
@@ -46,6 +51,21 @@ def print_anything() -> None:
     """A character that the terminal or log file has no code for (→ in latin-1) is printed as ?, and stops nothing."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+
+
+def fault_of_the_disk(error: Exception) -> str | None:
+    """One sentence for an error of the disk or its permissions, whichever library met it; None for others."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in DISK:
+        return f"{error.strerror}: {error.filename or 'the output folder'}; nothing more was written"
+    of_rust = re.search(r"os error (\d+)", text)  # safetensors, tokenizers
+    if (of_rust and int(of_rust[1]) in DISK) or "PytorchStreamWriter" in text or "inline_container" in text:
+        return (
+            f"a file cannot be written, is the disk full? ({text[:200]}); make room, then give the same command again"
+        )
+    if isinstance(error, SafetensorError):
+        return f"weights cannot be read or written ({text}); is a file cut off, or the disk full?"
+    return None
 
 
 def processes() -> int:

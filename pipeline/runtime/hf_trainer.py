@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from pipeline.checkpoint import seal, step_of
@@ -144,6 +145,7 @@ class StageCallback(TrainerCallback):
         self.paused += metrics.get("eval_runtime", 0.0)
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        PartialState().wait_for_everyone()  # each process writes a file of its own
         if self.stage.is_main:
             seal(self.stage.checkpoints / f"checkpoint-{state.global_step}")
 

@@ -16,22 +16,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from rich.markup import escape
 
-from pipeline.checkpoint import write_json
-from pipeline.errors import UserError
+from pipeline.checkpoint import METRICS, write_json
+from pipeline.errors import NothingToDo, UserError
+from pipeline.lock import hold, release
 from pipeline.model.hardware import keep_freed_memory, use_bf16
 from pipeline.runtime.arguments import StageArguments
 from pipeline.runtime.console import console, line_of, processes, progress_bar
-from pipeline.runtime.resume import Resume, fingerprint, identity_of
+from pipeline.runtime.inputs import RECORD, code_of, fingerprint, outputs_of
+from pipeline.runtime.resume import Resume, check_place, identity_of
 from pipeline.text.sources import GENERATORS
 
 MIN_FREE_BYTES = 300_000_000
@@ -42,42 +44,70 @@ class Stage:
     """One run of one stage: checks, seeds, logs, and records.
 
     `inputs` names the files and folders that are read; `{"model": path}`. A path that looks local must exist; any other
-    is taken as a hub name. Raises UserError before any work if an input is missing or the output cannot be written.
+    is taken as a hub name. Of several processes the main one looks and decides for all.
 
     resume_from  the checkpoint to go on from; None: from the beginning
     shown        names of the metrics to print, None for all; metrics.jsonl has all of them
     progress     `console.progress_bar`, on the main process
+    show         how many rows are to be shown and nothing else done; 0: none. Nothing is written then
+
+    Raises UserError, before any work, if an input is missing or not as it was left, if the output folder cannot be
+    written, is an input, somebody else's or in use, or holds a run that cannot go on; NothingToDo if it holds this very
+    run, finished.
     """
 
     def __init__(self, args: StageArguments, name: str, inputs: Mapping[str, str | None]) -> None:
         if Path(args.output_dir).name == "stage":
             raise UserError(f"{name}: its arguments need an output_dir of their own, such as '{{run_dir}}/{name}'")
         self.args, self.name, self.output_dir = args, name, Path(args.output_dir)
+        self.checkpoints = self.output_dir / "checkpoints"
         self.is_main = int(os.environ.get("RANK", "0")) == 0
         self.started, self.clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
         self.shown: tuple[str, ...] | None = None
         self.progress = partial(progress_bar, shown=self.is_main)
+        self.show = getattr(args, "show", 0)
+        self.inputs: dict[str, dict[str, str]] = {}
+        self._resume: Resume | None = None
         read = {key: path for key, path in inputs.items() if path and path not in GENERATORS}
-        self.inputs = {key: fingerprint(name, key, path, args.run_dir) for key, path in read.items()}
-        _check_writable(self.output_dir)
-        self._resume = Resume(name, self.output_dir, identity_of(args, self.inputs, processes()), self.say)
-        self.checkpoints, self.resume_from = self._resume.checkpoints, self._resume.checkpoint
-        if processes() > 1:  # every process has read the folder before the main one changes it
-            PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
-        self.seconds_before = self._resume.go_on(self.resume_from) if self.is_main and self.resume_from else 0.0
-        self._has_begun = not self.is_main or self.resume_from is not None
+        self.resume_from = _decide(self.is_main, lambda: self._look(read))
+        self.seconds_before = self._resume.seconds if self._resume else 0.0
         if not torch.cuda.is_available():
             keep_freed_memory()
         set_seed(args.seed)
 
+    def _look(self, read: dict[str, str]) -> Path | None:
+        """The checkpoint to go on from, after all that can be checked has been; on the main process."""
+        if not self.show:
+            check_place(self.name, self.output_dir, read)
+        keys: dict[str, str] = {}  # by path, as a folder that is read for two things is hashed once
+        for key, path in read.items():
+            keys.setdefault(path, key)
+        known = {path: fingerprint(self.name, key, path, self.args.run_dir) for path, key in keys.items()}
+        self.inputs = {key: known[path] for key, path in read.items()}
+        if self.show:  # looks at the rows alone: nothing is written, not even the folder
+            return None
+        _check_writable(self.output_dir)
+        hold(self.output_dir)
+        config = dataclasses.asdict(self.args)
+        self.inputs |= code_of(config)
+        identity = identity_of(self.name, config, self.inputs, processes(), self._bf16)
+        try:
+            self._resume = Resume(self.output_dir, identity, self.args.fresh, self.say)
+        except (UserError, NothingToDo):
+            release(self.output_dir)
+            raise
+        if self._resume.checkpoint:
+            self.say(f"going on from {self._resume.checkpoint}")
+        return self._resume.checkpoint
+
     def begin(self) -> None:
-        """Make room for a run that starts anew: what an earlier one left goes now, not before all checks have passed.
+        """Make the folder ready: what an earlier run left goes aside now, not before all checks have passed.
 
         To be called before a stage writes anything; further calls do nothing.
         """
-        if not self._has_begun:
-            self._has_begun = True
-            self._resume.make_room()
+        if self._resume:
+            begun, self._resume = self._resume, None
+            begun.begin()
 
     # --- where the stage runs -------------------------------------------------------------------------------------
 
@@ -116,7 +146,7 @@ class Stage:
         if not self.is_main:
             return
         self.begin()
-        with self._resume.metrics_file.open("a", encoding="utf-8") as stream:
+        with (self.output_dir / METRICS).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({**metrics, "time": round(self.seconds, 2)}) + "\n")
         self.say(line_of({k: v for k, v in metrics.items() if self.shown is None or k in self.shown}))
 
@@ -140,9 +170,29 @@ class Stage:
             "metrics": metrics,
             "device": _device_name(),
             "processes": processes(),
+            "bf16": self._bf16,
+            "outputs": outputs_of(self.output_dir),
         }
-        write_json(self.output_dir / "stage.json", record)
+        write_json(self.output_dir / RECORD, record)
+        release(self.output_dir)
         self.say(f"done in {self.seconds:.0f} s  {line_of(metrics)}  → {self.output_dir}")
+
+
+def _decide(is_main: bool, look: Callable[[], Path | None]) -> Path | None:
+    """What `look` finds on the main process, on every process; what it raises is raised on all of them."""
+    if processes() == 1:
+        return look()
+    PartialState(cpu=not torch.cuda.is_available())
+    found: list[Any] = [None, None, None]
+    if is_main:
+        try:
+            found[0] = look()
+        except (UserError, NothingToDo) as error:
+            found[1:] = type(error), str(error)
+    checkpoint, kind, sentence = broadcast_object_list(found)
+    if kind is not None:
+        raise kind(sentence)
+    return checkpoint
 
 
 def _check_writable(folder: Path) -> None:
