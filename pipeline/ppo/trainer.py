@@ -46,6 +46,7 @@ from pipeline.ppo.rollout import (
 from pipeline.ppo.state import RunState, identity_of, load_state, save_state
 from pipeline.ppo.watch import watch_evaluation, watch_update
 from pipeline.rewards import RewardFunction, combined
+from pipeline.text.tokenizer import is_chat
 
 Callback = Callable[["PPOTrainer", dict[str, float]], None]
 
@@ -94,11 +95,11 @@ class PPOTrainer:
         accelerator = self.accelerator = self.recorder.accelerator
         check_config(args, accelerator.num_processes)
         check_estimator(args)
-        end_tokens, warning = end_tokens_of(policy, processing_class)
-        if warning:
-            self.recorder.say(f"warning: {warning}")
         self.context = check_models(policy, reference, critic, args, processing_class)
         self.prompts = self._prompts(train_dataset, "train_dataset")
+        end_tokens, warning = end_tokens_of(policy, processing_class, is_chat(self.prompts.rows))
+        if warning:
+            self.recorder.say(f"warning: {warning}")
         self.rewards = combined(rewards)
         sampler = OwnSampler() if sampler is None else sampler
         check_sampler(sampler, compares=eval_dataset is not None and is_lora(policy) and reference in (None, policy))

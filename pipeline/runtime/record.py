@@ -47,6 +47,7 @@ class Stage:
     resume_from  the checkpoint to go on from; None: from the beginning
     shown        names of the metrics to print, None for all; metrics.jsonl has all of them
     progress     `console.progress_bar`, on the main process
+    show         how many rows are to be shown and nothing else done; 0: none. Nothing is written then
     """
 
     def __init__(self, args: StageArguments, name: str, inputs: Mapping[str, str | None]) -> None:
@@ -59,6 +60,10 @@ class Stage:
         self.progress = partial(progress_bar, shown=self.is_main)
         read = {key: path for key, path in inputs.items() if path and path not in GENERATORS}
         self.inputs = {key: fingerprint(name, key, path, args.run_dir) for key, path in read.items()}
+        self.show = getattr(args, "show", 0)
+        if self.show:  # looks at the rows alone: nothing is written, not even the folder
+            set_seed(args.seed)
+            return
         _check_writable(self.output_dir)
         self._resume = Resume(name, self.output_dir, identity_of(args, self.inputs, processes()), self.say)
         self.checkpoints, self.resume_from = self._resume.checkpoints, self._resume.checkpoint

@@ -16,7 +16,7 @@ from pipeline.runtime.arguments import StageArguments, replace_text
 from pipeline.text.sources import find_sources, is_local
 
 # What may change between two parts of a run: it is shown or kept otherwise, but computed the same.
-COSMETIC_FIELDS = {"logging_steps", "save_steps", "run_dir", "output_dir", "preset"}
+COSMETIC_FIELDS = {"logging_steps", "save_steps", "run_dir", "output_dir", "preset", "show"}
 LEFT_BY_PPO = ("best", "ema", "adapter", "critic", "value_head.safetensors")  # what not every run writes again
 HASHED_WHOLE = 4 * 2**30  # bytes
 # What a stage leaves beside the model: when and how it was made does not change what it is.
