@@ -110,9 +110,7 @@ def views_of(
 ) -> tuple[list[preview.View], str]:
     """What is trained on, and a sentence on it. The lengths are those of documents, of a stream the held-out ones'."""
     end = document_end(tokenizer)
-    told = (
-        f"rows of {args.block_size} tokens, all of them trained on but each row's first, which stands in the row before"
-    )
+    told = f"rows of {args.block_size} tokens, of which the first is trained on in the row before"
     told += f"; a document ends with {tokenizer.convert_ids_to_tokens(end)}"
     if isinstance(training, StreamedRows):
         rows: Any = list(islice(training, args.show))

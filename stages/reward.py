@@ -3,12 +3,13 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 from trl import RewardConfig, RewardTrainer
 
@@ -96,16 +97,16 @@ class ExactRewardTrainer(RewardTrainer):
 
     def evaluation_loop(self, *_: object, metric_key_prefix: str = "eval", **__: object) -> EvalLoopOutput:
         """Loss, accuracy, margin and rewards of all pairs of eval_dataset."""
-        model: Any = self.model.eval()
+        model, held_out = cast(Any, self.model).eval(), cast(Dataset, self.eval_dataset)
         logits = []
-        for rows, counts in shares(self.eval_dataset, self.args):
+        for rows, counts in shares(held_out, self.args):
             inputs = self._prepare_inputs(self.data_collator(rows))
             with torch.no_grad():
                 pairs = model(**inputs, use_cache=False).logits.view(2, -1)
             if counts:
                 logits.append(pairs)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._figures(logits).items()}
-        return EvalLoopOutput((), label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
+        return EvalLoopOutput((np.empty(0),), label_ids=None, metrics=metrics, num_samples=len(held_out))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -117,7 +118,7 @@ class ExactRewardTrainer(RewardTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """TRL's line, its means of forward passes replaced by those of pairs."""
-        if self.model.training and self.logits:
+        if cast(Any, self.model).training and self.logits:
             figures = self._figures(self.logits)
             self._metrics["train"].clear()
             self._metrics["train"] |= {name: [value] for name, value in figures.items() if name != "loss"}
@@ -129,9 +130,8 @@ class ExactRewardTrainer(RewardTrainer):
         pairs = torch.cat([torch.zeros(2, 0, device=self.args.device), *logits], dim=1).double()
         margins = pairs[0] - pairs[1]
         parts = F.softplus(-margins), margins > 0, margins, pairs.mean(0), torch.ones_like(margins)
-        loss, right, margin, reward, count = total(
-            self.accelerator, torch.stack([part.double().sum() for part in parts])
-        )
+        sums = torch.stack([part.double().sum() for part in parts])
+        loss, right, margin, reward, count = total(self.accelerator, sums)
         named = {"loss": loss, "accuracy": right, "margin": margin, "mean_reward": reward}
         return {name: figure / count for name, figure in named.items()}
 
@@ -139,7 +139,7 @@ class ExactRewardTrainer(RewardTrainer):
 def build_trainer(
     args: RewardArguments,
     stage: Stage,
-    model: Any,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
     held_out: Dataset,

@@ -1,8 +1,9 @@
 """Supervised fine-tuning with TRL: `python -m stages.sft --config configs/stories/sft.yaml`."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,14 +36,13 @@ def main(args: SFTArguments) -> None:
     stage = Stage(args, "sft", {"model": args.model_name_or_path, "dataset": args.dataset})
     tokenizer, model = load_tokenizer(args.model_name_or_path), load_policy(args.model_name_or_path).train()
     check_positions("sft", "max_length", args.max_length, model, args.model_name_or_path)
-    sizes = {"train": args.dataset_size, "validation": args.validation_size}
     loaded = {
-        name: data.load_instructions(args.dataset, split=name, seed=args.seed, size=size)
-        for name, size in sizes.items()
+        "training": data.load_instructions(args.dataset, split="train", seed=args.seed, size=args.dataset_size),
+        "held-out": data.load_instructions(args.dataset, split="validation", seed=args.seed, size=args.validation_size),
     }
-    ends = set_ends(model, tokenizer, chat=is_chat(loaded["train"].rows))
+    ends = set_ends(model, tokenizer, chat=is_chat(loaded["training"].rows))
     fit_embeddings(model, tokenizer, args.model_name_or_path)
-    training, held_out = (prepare(args, tokenizer, loaded[name], f"{name} rows") for name in sizes)
+    training, held_out = (prepare(args, tokenizer, part, f"{name} rows") for name, part in loaded.items())
     views, told = [training.view, held_out.view], preview.ends_told(tokenizer, ends)
     if args.show:
         return preview.show(stage, views, told, tokenizer, "trained on is what stands between")
@@ -129,9 +129,9 @@ class ExactSFTTrainer(SFTTrainer):
 
     def evaluation_loop(self, *_: object, metric_key_prefix: str = "eval", **__: object) -> EvalLoopOutput:
         """Mean nats and accuracy of all trained tokens of eval_dataset."""
-        model: Any = self.model.eval()
+        model, held_out = cast(Any, self.model).eval(), cast(Dataset, self.eval_dataset)
         sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
-        for rows, counts in shares(self.eval_dataset, self.args):
+        for rows, counts in shares(held_out, self.args):
             inputs = self._prepare_inputs(self.data_collator(rows))
             with torch.no_grad():
                 outputs = model(**inputs, use_cache=False, fused_lm_head=True)
@@ -141,7 +141,7 @@ class ExactSFTTrainer(SFTTrainer):
         nats, right, tokens = total(self.accelerator, sums)
         metrics = {"loss": nats / tokens, "mean_token_accuracy": right / tokens}
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput((), label_ids=None, metrics=named, num_samples=len(self.eval_dataset))
+        return EvalLoopOutput((np.empty(0),), label_ids=None, metrics=named, num_samples=len(held_out))
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss as TRL computes it; notes by how many tokens."""
@@ -152,7 +152,7 @@ class ExactSFTTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """TRL's line, its means of forward passes weighted by their tokens."""
-        if self.model.training and self.predicted:
+        if cast(Any, self.model).training and self.predicted:
             for name in ("entropy", "mean_token_accuracy"):
                 means = self._metrics["train"][name]
                 weighted = sum(mean * count for mean, count in zip(means, self.predicted, strict=True))

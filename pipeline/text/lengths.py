@@ -139,8 +139,9 @@ def fit_rows(
 def _refusal(stage: str, fit: Fit, place: str, length: int, other: str) -> str:
     longer = sum(length > (fit.limit or 0) for length in fit.lengths)
     return (
-        f"{stage}: {place} has {length:,} tokens, more than {fit.limit_name} allows ({longer:,} of {len(fit.lengths):,} "
-        f"{fit.what} {_are(longer)} longer); raise max_length, shorten the rows, or set overlong to {other}"
+        f"{stage}: {place} has {length:,} tokens, more than {fit.limit_name} allows ({longer:,} of "
+        f"{len(fit.lengths):,} {fit.what} {_are(longer)} longer); raise max_length, shorten the rows, or set overlong "
+        f"to {other}"
     )
 
 

@@ -199,7 +199,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
         _, found, ending = text.rpartition(PROBE[-1]["content"])
         special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         ids = encode(tokenizer, [ending], add_special_tokens=False)[0] if found and ending else []
-        return next((token for token in ids if token in special and tokenizer.decode([token]).strip()), None)
+        return next((token for token in ids if token in special and str(tokenizer.decode([token])).strip()), None)
     return None
 
 
