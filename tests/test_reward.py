@@ -114,13 +114,11 @@ def test_figures_are_the_same_on_one_and_two_processes(run: Path, stage: str) ->
     """Of training and of held-out rows, of which the last batch is a part of one."""
     words = {"run_dir": run, "dataset": run / "rows.jsonl", "max_steps": 12, "mixed_precision": "no", "warmup_steps": 2}
     words |= {"logging_steps": 5, "eval_steps": 6, "save_steps": 12, "learning_rate": 1e-3}
-    launch = {
-        1: [sys.executable],
-        2: [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-    }
-    for processes, program in launch.items():
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for processes, program in {1: [], 2: two}.items():
         given = words | {"output_dir": run / f"{stage}{processes}", "per_device_train_batch_size": 8 // processes}
         options = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+        command = [sys.executable, *program, "-m", f"stages.{stage}", *options]
         command = [sys.executable, *program, "-m", f"stages.{stage}", *options]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-2000:]
