@@ -24,9 +24,11 @@ from pipeline.runtime.sums import shares, total
 from pipeline.text import data
 from pipeline.text.data import Loaded
 from pipeline.text.lengths import check_positions, fit_rows
-from pipeline.text.tokenizer import load_tokenizer, scored_ids
+from pipeline.text.tokenizer import load_tokenizer, oddities, scored_ids
+from reward_data.formats import text_of
 
 CALIBRATION_BINS = 10
+NAMES = ("prompt", "chosen", "rejected")
 
 
 def main(args: RewardArguments) -> None:
@@ -75,6 +77,10 @@ def prepare(args: RewardArguments, tokenizer: PreTrainedTokenizerBase, loaded: L
         side: scored_ids(tokenizer, prompts, loaded.rows[side][:], loaded.places) for side in ("chosen", "rejected")
     }
     lengths = [max(map(len, pair)) for pair in zip(*sides.values(), strict=True)]
+    ends = tokenizer.eos_token or ""
+    texts = ["\n".join(text_of(row[name]).removesuffix(ends) for name in NAMES) for row in loaded.rows]
+    both = [chosen + rejected for chosen, rejected in zip(*sides.values(), strict=True)]
+    notes = [*loaded.notes, *oddities(tokenizer, texts, both, loaded.places, what)]
     fit = fit_rows("reward", what, lengths, args.max_length, loaded.places, args.overlong)
 
     def parts(number: int) -> list[preview.Part]:
@@ -84,7 +90,7 @@ def prepare(args: RewardArguments, tokenizer: PreTrainedTokenizerBase, loaded: L
         ]
 
     tokens = Dataset.from_dict({f"{side}_ids": [ids[i] for i in fit.kept] for side, ids in sides.items()})
-    return Prepared(loaded.rows.select(fit.kept), tokens, preview.View(fit, loaded.places, parts, loaded.notes))
+    return Prepared(loaded.rows.select(fit.kept), tokens, preview.View(fit, loaded.places, parts, notes))
 
 
 class ExactRewardTrainer(RewardTrainer):

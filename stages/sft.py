@@ -25,10 +25,12 @@ from pipeline.text.tokenizer import (
     answered_ids,
     is_chat,
     load_tokenizer,
+    oddities,
     stop_ids,
     turn_end,
     with_pad_token,
 )
+from reward_data.formats import text_of
 
 
 def main(args: SFTArguments) -> None:
@@ -116,7 +118,9 @@ def notes_on(tokenizer: PreTrainedTokenizerBase, answered: list[Any], loaded: Lo
             f"in {len(unlike):,} of {len(answered):,} {what} (first: {unlike[0]}) the prompt's last tokens are others "
             "than those that answers are sampled after; let prompts end, and answers begin, where a token does"
         )
-    return notes
+    end = tokenizer.eos_token or ""
+    texts = [f"{text_of(row['prompt'])}\n{text_of(row['completion']).removesuffix(end)}" for row in loaded.rows]
+    return notes + oddities(tokenizer, texts, [row.ids for row in answered], loaded.places, what)
 
 
 class ExactSFTTrainer(SFTTrainer):

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
-from tokenizers import processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerFast, Qwen3Config
 
 from pipeline.errors import UserError
@@ -18,6 +18,7 @@ from pipeline.text.tokenizer import (
     check_fits,
     encode,
     load_tokenizer,
+    oddities,
     prompt_ids,
     scored_ids,
     train_tokenizer,
@@ -186,6 +187,20 @@ def test_a_template_that_fails_is_a_sentence_with_the_row(template: str, why: st
         with pytest.raises(UserError, match=sentence):
             function(tokenizer, [CHAT[:1], system], *([rows] if rows else []), places)
     assert turn_end(tokenizer) is None
+
+
+def test_what_a_tokenizer_makes_of_texts_unseen_is_said() -> None:
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1, "<unk>": 2, "a": 3, "b": 4}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"pad_token": "<pad>", "eos_token": "<end>", "unk_token": "<unk>"}
+    tokenizer, texts = PreTrainedTokenizerFast(tokenizer_object=words, **names), ["a b", "a <end> b", "c a d"]
+    ids, places = encode(tokenizer, texts), ["line 1", "line 2", "line 3"]
+    assert oddities(tokenizer, texts, ids, places, "rows") == [
+        "1 of 3 rows spell out a special token in their text (first: <end> in line 2); the model reads it as the token "
+        "itself",
+        "2 tokens in 1 of 3 rows are <unk> (first: line 3): the tokenizer has no entry for what stood there",
+    ]
+    assert oddities(tokenizer, texts[:1], ids[:1], places[:1], "rows") == []
 
 
 def test_the_place_of_a_character_without_an_entry_is_named(letters: PreTrainedTokenizerFast) -> None:

@@ -13,6 +13,7 @@ from pipeline.runtime.console import console
 from pipeline.runtime.record import Stage
 from pipeline.text.data import Loaded
 from pipeline.text.lengths import Fit, Overlong, Reader, fit_prompts
+from pipeline.text.tokenizer import oddities
 from reward_data.formats import text_of
 
 BEGIN, END = "[[", "]]"  # around what is marked: seen without colours too
@@ -121,8 +122,11 @@ def open_prompts(
     rows, views = {}, []
     for name, loaded in splits.items():
         prompts = loaded.rows["prompt"][:]
-        fit, ids = fit_prompts(stage.name, f"{name} prompts", prompts, loaded.places, readers, room, overlong)
-        views.append(View(fit, loaded.places, partial(_prompt, ids, readers[0].limit, room), loaded.notes))
+        what = f"{name} prompts"
+        fit, ids = fit_prompts(stage.name, what, prompts, loaded.places, readers, room, overlong)
+        texts = [text_of(prompt) for prompt in prompts]
+        notes = [*loaded.notes, *oddities(tokenizer, texts, ids, loaded.places, what)]
+        views.append(View(fit, loaded.places, partial(_prompt, ids, readers[0].limit, room), notes))
         rows[name] = loaded.rows if len(fit.kept) == len(prompts) else loaded.rows.select(fit.kept)
     told = ends_told(tokenizer, ends)
     if stage.show:

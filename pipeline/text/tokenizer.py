@@ -296,6 +296,33 @@ def scored_ids(
     return encode(tokenizer, texts, places, add_special_tokens=False)
 
 
+def oddities(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], ids: Sequence[list[int]], places: Sequence[str], what: str
+) -> list[str]:
+    """Sentences on what nobody would guess from reading the texts, whose token ids are `ids`: special tokens that are
+    spelt out become those tokens, and what the tokenizer has no entry for becomes the unknown one."""
+    notes = []
+    special = {token for token in tokenizer.all_special_tokens if token.strip()}
+    spelt = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True)))) if special else None
+    found = [
+        (match[0], place) for text, place in zip(texts, places, strict=True) if spelt and (match := spelt.search(text))
+    ]
+    if found:
+        notes.append(
+            f"{len(found):,} of {len(texts):,} {what} spell out a special token in their text (first: {found[0][0]} in "
+            f"{found[0][1]}); the model reads it as the token itself"
+        )
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and unknown not in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
+        lost = [(row.count(unknown), place) for row, place in zip(ids, places, strict=True) if unknown in row]
+        if lost:
+            notes.append(
+                f"{sum(count for count, _ in lost):,} tokens in {len(lost):,} of {len(texts):,} {what} are "
+                f"{tokenizer.unk_token} (first: {lost[0][1]}): the tokenizer has no entry for what stood there"
+            )
+    return notes
+
+
 def is_chat(rows: Any) -> bool:
     """Whether the prompts of a data set are conversations."""
     return not isinstance(rows[0]["prompt"], str)
