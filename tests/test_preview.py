@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def test_sft(run: Path, capsys: pytest.CaptureFixture) -> None:
     out = shown(run, sft, SFTArguments, "answers", capsys, max_length=100)
     assert out.count("<|assistant|>[[") == 3 and "trained on is what stands between [[ and ]]" in out
     *_, used, lengths = out.strip().splitlines()
-    assert used.startswith("54 of 54 training rows are used, 6 of 54 answers lose their end at max_length 100; ")
+    assert re.match(r"54 of 54 training rows are used, \d of 54 answers lose their end at max_length 100; ", used)
     assert used.endswith("; an answer ends with <|end|>, or also <|endoftext|>")
     assert lengths.startswith("tokens of training rows: 50 % up to ") and lengths.endswith("; max_length 100")
 
