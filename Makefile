@@ -31,6 +31,8 @@ endif
 # Finished runs for `make figures`, one a seed.
 RUNS   ?= $(sort $(wildcard runs/$(PRESET) runs/$(PRESET)-seed*))
 ARGS   ?=
+# Rows that `make show` prints.
+ROWS   ?= 3
 # TEXT=my.txt trains tokenizer and GPT on a text of your own; the run remembers it, so that later stages keep it.
 ifneq ($(origin TEXT),command line)
 TEXT   := $(shell cat $(RUN)/.settings/text 2>/dev/null)
@@ -60,10 +62,10 @@ endif
 
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
-.PHONY: all $(CHAIN) chat setup smoke test test-fast coverage golden lint bench bench-train bench-sample bench-ppo bench-shakespeare course ablation-ppo figures check clean help
+.PHONY: all $(CHAIN) chat show setup smoke test test-fast coverage golden lint bench bench-train bench-sample bench-ppo bench-shakespeare course ablation-ppo figures check clean help
 
 all: $(lastword $(STAGES)) ## the whole chain, then a table, samples and the report (default)
-	@$(if $(filter report,$(STAGES)),,echo "PRESET=$(PRESET) ends here: it is pretraining only. \`make chat PRESET=$(PRESET)\` writes on from your words")
+	@$(if $(filter report,$(STAGES)),,echo "PRESET=$(PRESET) ends here: it is pretraining only. `make chat PRESET=$(PRESET)` writes on from your words")
 
 $(filter-out $(STAGES),$(CHAIN)):
 	@echo "error: PRESET=$(PRESET) has no stage $@; it ends with $(lastword $(STAGES))" >&2; exit 2
@@ -115,6 +117,11 @@ report: ## report.html, report.md, summary.json
 
 chat: | $(READY) ## talk with a model in the terminal (MODEL=folder, default PPO's)
 	@python -m stages.chat --run_dir $(RUN) --model_name_or_path $(call quoted,$(MODEL)) $(ARGS)
+
+# What a stage would work on, without running it: nothing is written, so that no stamp or other stage is needed.
+show: | $(READY) ## rows as a stage's model will see them, and what is dropped or cut (STAGE=sft; ROWS=3)
+	@$(if $(filter $(STAGE),$(filter-out report,$(STAGES))),,echo 'error: STAGE=$(STAGE) is none of: $(filter-out report,$(STAGES))' >&2; exit 2;) \
+	$(LAUNCH) stages.$(STAGE) --config configs/$(PRESET)/$(STAGE).yaml --run_dir $(RUN) --seed $(SEED) $(if $(TEXT),$(if $(filter tokenizer pretrain,$(STAGE)),--dataset '$(TEXT)')) --show $(ROWS) $(ARGS)
 
 smoke: ## the whole chain in under two minutes, to see that everything works
 	@$(MAKE) --no-print-directory all PRESET=smoke SEED=$(SEED)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.model.gpt import GPTForCausalLM
 from pipeline.model.logprobs import CHUNK_ELEMENTS
 from pipeline.model.sampler import generate
+from pipeline.text.lengths import Reader, positions_of
 from pipeline.text.packing import IGNORED, collate, document_end
 from pipeline.text.tokenizer import answer_texts, prompt_ids, stop_ids
 from reward_data.formats import text_of
@@ -36,14 +37,18 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase
     plain: bool = False
 
-    def encode(self, prompts: list[Any]) -> list[list[int]]:
-        """Token ids of prompts (messages or text), as this policy is asked them."""
-        return prompt_ids(self.tokenizer, [plain_text(p) for p in prompts] if self.plain else prompts)
+    def encode(self, prompts: list[Any], places: Sequence[str] = ()) -> list[list[int]]:
+        """Token ids of prompts (messages or text), as this policy is asked them; `places` name them in errors."""
+        return prompt_ids(self.tokenizer, [plain_text(p) for p in prompts] if self.plain else prompts, places)
+
+    def reader(self, name: str) -> Reader:
+        """This policy as one that reads prompts and answers."""
+        return Reader(name, positions_of(self.model), self.encode)
 
     @property
     def stops(self) -> list[int]:
         """Ids that end an answer; the first one is the usual one."""
-        return stop_ids(self.model, self.tokenizer)
+        return stop_ids(self.model, self.tokenizer, chat=not self.plain)
 
 
 @dataclass
@@ -132,14 +137,14 @@ def sequence_logprobs(
 def sequence_kl(policy: Policy, reference: Policy, answers: Answers, temperature: float = 1.0) -> float:
     """Monte Carlo KL(π ‖ π_ref) per answer in nats: the mean of log π(y|x) − log π_ref(y|x) over π's own answers.
 
-    Each model is asked in its own way. Where the policy ended with a token that is no end for the reference (a
-    pretrained model ends a document, an SFT model its turn), the reference is asked for its own end: the event is the
-    same, "stop here".
+    Each model is asked in its own way. Where the policy ended with its usual token, or one that is no end for the
+    reference (a pretrained model ends a document, an SFT model its turn), the reference is asked for its own usual end:
+    the event is the same, "stop here".
     """
     own = sequence_logprobs(policy.model, answers.prompt_ids, answers.response_ids, temperature or 1.0)
-    stops = reference.stops
+    stops, usual = reference.stops, policy.stops[0]
     said = [
-        [*ids[:-1], stops[0]] if ended and ids[-1] not in stops else ids
+        [*ids[:-1], stops[0]] if ended and (ids[-1] == usual or ids[-1] not in stops) else ids
         for ids, ended in zip(answers.response_ids, answers.ended, strict=True)
     ]
     theirs = sequence_logprobs(reference.model, reference.encode(answers.prompts), said, temperature or 1.0)

@@ -25,12 +25,13 @@ from torch.nn.utils.rnn import pad_sequence
 from pipeline.errors import UserError
 from pipeline.model.hardware import use_bf16
 from pipeline.model.load import fit_embeddings, load_reward
-from pipeline.text.tokenizer import load_tokenizer
-from reward_data.formats import answer_to, text_of
+from pipeline.text.lengths import Reader, positions_of
+from pipeline.text.tokenizer import load_tokenizer, scored_ids
+from reward_data.formats import text_of
 
+log = logging.getLogger(__name__)
 RewardFunction = Callable[..., list[float]]
 Combine = Literal["mean", "min", "uwo"]
-log = logging.getLogger(__name__)
 PAUSES = (1.0, 5.0)
 """Seconds before a reward that failed is asked again, as a judge behind a network is up again a little later."""
 MISTAKES = (TypeError, LookupError, AttributeError, NameError, ArithmeticError, AssertionError, ImportError, SystemExit)
@@ -45,6 +46,10 @@ class RewardModel:
     A conversation is rendered by the model's own chat template; plain text is prompt + completion + its end token, as
     TRL's RewardTrainer trains it. The score is read at the last real token, found by length. If config.json has
     `reward_mean` and `reward_std`, the score is (r − mean)/std.
+
+    context  the most tokens that it reads; None: any number. A row that has more loses the beginning of its prompt, but
+             none of the special tokens that the tokenizer puts around it (BERT's score is read at the first of them);
+             `cut_rows` counts them, and a warning tells of them
     """
 
     def __init__(
@@ -65,7 +70,7 @@ class RewardModel:
                 f"{path}: reward_mean {self.mean!r} and reward_std {self.std!r} in config.json must be finite numbers, "
                 "the second above 0; train the reward model again"
             )
-        self.context = getattr(config, "max_position_embeddings", None)
+        self.context, self.cut_rows = self._context(), 0
 
     def __call__(self, prompts: list[Any], completions: list[Any], **columns: list) -> list[float]:
         """One score a row."""
@@ -78,18 +83,35 @@ class RewardModel:
                 scores[i] = (score - self.mean) / self.std
         return scores
 
+    @property
+    def reader(self) -> Reader:
+        """This model as one that reads prompts: rows without their answers."""
+
+        def encode(prompts: list[Any], places: Sequence[str]) -> list[list[int]]:
+            return scored_ids(self.tokenizer, prompts, [""] * len(prompts), places)
+
+        return Reader(f"the reward model {self.path}", self.context, encode)
+
+    def _context(self) -> int | None:
+        """What the model can read, or less where its tokenizer says so; special tokens count."""
+        limits = [positions_of(self.model), self.tokenizer.model_max_length]
+        known = [int(limit) for limit in limits if limit is not None and limit < 10**9]  # without one, 10**30 is named
+        return min(known, default=None)
+
     def _encode(self, prompts: list[Any], completions: list[Any]) -> list[list[int]]:
-        texts: list[Any] = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            if isinstance(prompt, str):
-                texts.append(prompt + text_of(completion) + (self.tokenizer.eos_token or ""))
-            else:
-                answer = answer_to(prompt, text_of(completion))
-                texts.append(self.tokenizer.apply_chat_template([*prompt, *answer], tokenize=False))
-        special = bool(prompts) and isinstance(prompts[0], str)
-        rows = self.tokenizer(texts, add_special_tokens=special)["input_ids"]
-        # A tokenizer of its own may need more tokens than the policy's: keep the end, where the score is read.
-        return [row[-self.context :] if self.context else row for row in rows]
+        rows = scored_ids(self.tokenizer, prompts, completions)
+        for i, row in enumerate(rows):
+            if self.context is not None and len(row) > self.context:
+                # Where a bidirectional model's score is read, or what a decoder's attention rests on
+                head = row[:1] if row[0] in (self.tokenizer.cls_token_id, self.tokenizer.bos_token_id) else []
+                rows[i] = head + row[len(row) - self.context + len(head) :]
+                self.cut_rows += 1
+                if math.log10(self.cut_rows).is_integer():  # the first, the tenth, the hundredth, …
+                    log.warning(
+                        f"the reward model {self.path} reads {self.context} tokens: longer rows ({self.cut_rows} so "
+                        "far) were scored without the beginning of their prompts; shorten prompts or answers"
+                    )
+        return rows
 
     @torch.no_grad()
     def _forward(self, rows: list[list[int]]) -> Tensor:
@@ -296,6 +318,19 @@ def check_takes(rewards: RewardFunction, columns: Sequence[str], name: str = "")
 def name_of(function: RewardFunction) -> str:
     """What a reward is called in a sentence: its folder or its function's name."""
     return getattr(function, "path", getattr(function, "__name__", type(function).__name__))
+
+
+def readers_of(*rewards: Any) -> list[Reader]:
+    """The reward models among rewards, and within sums and ensembles of them, as readers of prompts."""
+    readers: list[Reader] = []
+    for reward in rewards:
+        if isinstance(reward, RewardModel):
+            readers.append(reward.reader)
+        elif isinstance(reward, Ensemble):
+            readers += readers_of(*reward.members)
+        elif isinstance(reward, WeightedRewards):
+            readers += readers_of(*(function for _, function, _ in reward.sources))
+    return readers
 
 
 # --- by name ----------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from pipeline.model.sampler import Sampling, stream
 from pipeline.runtime.arguments import ChatArguments
 from pipeline.runtime.console import console, run
 from pipeline.text import data
+from pipeline.text.lengths import positions_of
 from pipeline.text.tokenizer import END_OF_TURN, answer_texts, load_tokenizer, prompt_ids, stop_ids
 
 COMMANDS = "/exit, /reset, /temperature X"
@@ -65,7 +66,7 @@ class Chat:
     @property
     def context(self) -> float:
         """Tokens that the model takes, prompt and answer together; inf where its configuration names no limit."""
-        return getattr(self.model.config, "max_position_embeddings", None) or math.inf
+        return positions_of(self.model) or math.inf
 
     def reply(self, text: str) -> Iterator[str]:
         """Stream the answer to `text`. Raises UserError, before the first piece, if it does not fit the context."""
@@ -77,7 +78,7 @@ class Chat:
             max_new_tokens=int(min(self.max_new_tokens, self.context - len(ids))),
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
-            eos_token_id=stop_ids(self.model, self.tokenizer),
+            eos_token_id=stop_ids(self.model, self.tokenizer, chat=not self.raw),
             generator=self.generator,
         )
         said = ""
@@ -127,7 +128,7 @@ def open_chat(args: ChatArguments) -> Chat:
     generator = torch.Generator(model.device).manual_seed(args.seed)
     # Our tokenizer has the token that ends a turn before the model has learned to talk in turns.
     end = tokenizer.get_vocab().get(END_OF_TURN)
-    talks = tokenizer.chat_template is not None and (end is None or end in stop_ids(model, tokenizer))
+    talks = tokenizer.chat_template is not None and (end is None or end in stop_ids(model, tokenizer, chat=False))
     raw = args.raw or not talks
     return Chat(model, tokenizer, raw, args.history and not raw, sampling, args.max_new_tokens, generator)
 

@@ -10,11 +10,13 @@ from pipeline import judging
 from pipeline.checkpoint import write_json, write_jsonl
 from pipeline.errors import UserError
 from pipeline.model.load import fit_embeddings, load_policy
-from pipeline.rewards import RewardModel, checked, load_function
+from pipeline.rewards import RewardModel, checked, load_function, readers_of
+from pipeline.runtime import preview
 from pipeline.runtime.arguments import EvaluateArguments
 from pipeline.runtime.console import run
 from pipeline.runtime.record import Stage
 from pipeline.text import data
+from pipeline.text.data import Loaded
 from pipeline.text.tokenizer import load_tokenizer
 from reward_data.formats import answer_to
 
@@ -26,10 +28,13 @@ def main(args: EvaluateArguments) -> None:
     if not stage.is_main:  # a minute's work: one process does it
         return
     policies = load_policies(names, stage)
-    columns = data.load_prompts(args.dataset, split="test", seed=args.seed, size=args.num_prompts).rows.to_dict()
+    loaded = {"test": data.load_prompts(args.dataset, split="test", seed=args.seed, size=args.num_prompts)}
+    reward = RewardModel(args.reward_model, stage.device, args.mixed_precision, args.eval_batch_size)
+    columns = fitting_columns(args, stage, policies, loaded, [reward, args.gold and load_function(args.gold)])
+    if args.show:
+        return
     prompts = columns.pop("prompt")
     gold = partial(_judged, load_function(args.gold), f"gold {args.gold}", columns) if args.gold else None
-    reward = RewardModel(args.reward_model, stage.device, args.mixed_precision, args.eval_batch_size)
     proxy = partial(_judged, reward, f"proxy {args.reward_model}", columns)
 
     with stage.progress((3 + args.best_of) * len(prompts), "evaluate") as advance:
@@ -44,6 +49,20 @@ def main(args: EvaluateArguments) -> None:
     write_json(stage.output_dir / "scores.json", scores | {"gold": args.gold, "num_prompts": len(prompts)})
     write_jsonl(stage.output_dir / "samples.jsonl", judging.samples_of(verdicts))
     stage.finish(scores)
+
+
+def fitting_columns(
+    args: EvaluateArguments,
+    stage: Stage,
+    policies: dict[str, judging.Policy],
+    loaded: dict[str, Loaded],
+    judges: list[Any],
+) -> dict[str, list]:
+    """The columns of the prompts that leave every policy and judge room for an answer."""
+    readers = [policies[name].reader(f"the policy of {name}") for name in ("sft", "pretrain", "ppo")]
+    sft, room = policies["sft"], ("max_new_tokens", args.max_new_tokens)
+    readers += readers_of(*judges)
+    return preview.open_prompts(stage, loaded, readers, sft.tokenizer, sft.stops, room, args.overlong)["test"].to_dict()
 
 
 def load_policies(names: dict[str, str], stage: Stage) -> dict[str, judging.Policy]:

@@ -1,22 +1,26 @@
 """Optimise the policy with PPO: `python -m stages.ppo --config configs/stories/ppo.yaml`."""
 
+from functools import partial
 from pathlib import Path
 
+from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import UserError
 from pipeline.model.load import fit_embeddings, load_critic, load_policy
-from pipeline.model.lora import add_lora
+from pipeline.model.lora import add_lora, without_wrapper
 from pipeline.ppo import PPOTrainer
 from pipeline.ppo.advantages import ESTIMATORS, check_estimator
 from pipeline.ppo.config import check_config
-from pipeline.rewards import load_function, load_rewards, reward_names
+from pipeline.rewards import RewardFunction, load_function, load_rewards, readers_of, reward_names
+from pipeline.runtime import preview
 from pipeline.runtime.console import run
 from pipeline.runtime.ppo_arguments import PPOArguments
 from pipeline.runtime.record import Stage
 from pipeline.text import data
-from pipeline.text.tokenizer import load_tokenizer
+from pipeline.text.lengths import Reader, positions_of
+from pipeline.text.tokenizer import is_chat, load_tokenizer, prompt_ids, stop_ids
 
 # What a line on the screen has room for; metrics.jsonl has everything.
 SHOWN = (
@@ -30,10 +34,10 @@ def main(args: PPOArguments) -> None:
     trunk; the reward model stays fixed."""
     if bool(args.ptx_coef) != bool(args.ptx_dataset):
         raise UserError("ptx_coef and ptx_dataset go together; set both or neither")
-    rewards = {f"reward_{i}": r for i, r in enumerate(reward_names(args.reward)) if ":" not in r}
+    models = {f"reward_{i}": r for i, r in enumerate(reward_names(args.reward)) if ":" not in r}
     inputs = {
         "model": args.model_name_or_path,
-        **rewards,
+        **models,
         "critic": args.critic_name_or_path if has_critic_network(args) else None,
     }
     stage = Stage(args, "ppo", inputs | {"dataset": args.dataset, "ptx_dataset": args.ptx_dataset})
@@ -42,27 +46,55 @@ def main(args: PPOArguments) -> None:
     check_estimator(args)
     tokenizer = load_tokenizer(args.model_name_or_path)
     policy, critic = load_models(args, tokenizer)
+    rewards = load_rewards(
+        args.reward,
+        args.reward_weights,
+        mixed_precision=args.mixed_precision,
+        ensemble=args.reward_ensemble,
+        uwo_coef=args.uwo_coef,
+    )
+    prompts = load_prompts(args, stage, tokenizer, {"policy": policy, "critic": critic}, rewards)
+    if args.show:
+        return
     trainer = PPOTrainer(
         policy,
-        load_rewards(
-            args.reward,
-            args.reward_weights,
-            mixed_precision=args.mixed_precision,
-            ensemble=args.reward_ensemble,
-            uwo_coef=args.uwo_coef,
-        ),
+        rewards,
         args,
-        data.load_prompts(args.dataset, split="ppo", seed=args.seed, size=args.dataset_size).rows,
+        prompts["training"],
         tokenizer,
         critic=critic,  # and no reference: the policy as it is now
         gold=load_function(args.gold) if args.gold else None,
-        eval_dataset=data.load_prompts(args.dataset, split="validation", seed=args.seed, size=args.eval_size).rows,
+        eval_dataset=prompts["held-out"],
         ptx_dataset=pretraining_text(args),
         recorder=stage,
     )
     metrics = trainer.train()
     trainer.save_model(Path(args.output_dir))
     stage.finish(metrics, tokens=trainer.state.tokens)
+
+
+def load_prompts(
+    args: PPOArguments,
+    stage: Stage,
+    tokenizer: PreTrainedTokenizerBase,
+    models: dict[str, nn.Module | None],
+    rewards: RewardFunction,
+) -> dict[str, Dataset]:
+    """Training and held-out prompts that leave every model room for an answer."""
+    encode = partial(prompt_ids, tokenizer)
+    readers = [
+        Reader(f"the {name}", positions_of(without_wrapper(model)), encode)
+        for name, model in models.items()
+        if model is not None
+    ]
+    splits = {
+        "training": data.load_prompts(args.dataset, split="ppo", seed=args.seed, size=args.dataset_size),
+        "held-out": data.load_prompts(args.dataset, split="validation", seed=args.seed, size=args.eval_size),
+    }
+    readers += readers_of(rewards, load_function(args.gold) if args.gold else None)
+    ends = stop_ids(models["policy"], tokenizer, is_chat(splits["training"].rows))
+    room = "response_length", args.response_length
+    return preview.open_prompts(stage, splits, readers, tokenizer, ends, room, args.overlong)
 
 
 def has_critic_network(args: PPOArguments) -> bool:

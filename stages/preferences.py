@@ -11,7 +11,8 @@ from pipeline.checkpoint import write_jsonl
 from pipeline.errors import UserError
 from pipeline.judging import Policy, answer
 from pipeline.model.load import fit_embeddings, load_policy
-from pipeline.rewards import checked, load_function
+from pipeline.rewards import checked, load_function, readers_of
+from pipeline.runtime import preview
 from pipeline.runtime.arguments import PreferencesArguments
 from pipeline.runtime.console import run
 from pipeline.runtime.record import Stage
@@ -26,7 +27,9 @@ def main(args: PreferencesArguments) -> None:
     stage = Stage(args, "preferences", {"dataset": args.dataset, "model": None if human else args.model_name_or_path})
     if not stage.is_main:  # one process does it all: the pairs then do not depend on the number of processes
         return
-    splits = labelled_by_people(args) if human else sample_and_label(args, stage)
+    splits = labelled_by_people(args, stage) if human else sample_and_label(args, stage)
+    if args.show:
+        return
     for split, rows in splits.items():
         if not rows:
             raise UserError(f"preferences: no {split} pairs came out (all answers tied); sample more or hotter")
@@ -41,14 +44,14 @@ def main(args: PreferencesArguments) -> None:
     stage.finish(metrics)
 
 
-def labelled_by_people(args: PreferencesArguments) -> dict[str, list[dict]]:
+def labelled_by_people(args: PreferencesArguments, stage: Stage) -> dict[str, list[dict]]:
     """The data set's own pairs, as train and test."""
-    return {
-        "train": data.load_preferences(
-            args.dataset, split="train", seed=args.seed, size=args.dataset_size
-        ).rows.to_list(),
-        "test": data.load_preferences(args.dataset, split="test", seed=args.seed, size=args.test_size).rows.to_list(),
+    splits = {
+        "train": data.load_preferences(args.dataset, split="train", seed=args.seed, size=args.dataset_size),
+        "test": data.load_preferences(args.dataset, split="test", seed=args.seed, size=args.test_size),
     }
+    preview.of_texts(stage, splits, "pairs")
+    return {name: loaded.rows.to_list() for name, loaded in splits.items()}
 
 
 def sample_and_label(args: PreferencesArguments, stage: Stage) -> dict[str, list[dict]]:
@@ -61,10 +64,15 @@ def sample_and_label(args: PreferencesArguments, stage: Stage) -> dict[str, list
     n = args.num_generations
     at_once = max(1, args.batch_size // n)  # prompts
     splits: dict[str, list[dict]] = {"train": [], "test": []}
-    prompts = {
-        "train": data.load_prompts(args.dataset, split="preferences", seed=args.seed, size=args.dataset_size).rows,
-        "test": data.load_prompts(args.dataset, split="validation", seed=args.seed, size=args.test_size).rows,
+    loaded = {
+        "train": data.load_prompts(args.dataset, split="preferences", seed=args.seed, size=args.dataset_size),
+        "test": data.load_prompts(args.dataset, split="validation", seed=args.seed, size=args.test_size),
     }
+    readers = [policy.reader(f"the policy {args.model_name_or_path}"), *readers_of(label)]
+    room = "max_new_tokens", args.max_new_tokens
+    prompts = preview.open_prompts(stage, loaded, readers, policy.tokenizer, policy.stops, room, args.overlong)
+    if args.show:
+        return {}
     with stage.progress(args.dataset_size + args.test_size, "preferences") as advance:
         for name, rows in prompts.items():
             for start in range(0, len(rows), at_once):

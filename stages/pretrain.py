@@ -18,12 +18,13 @@ from pipeline.model.bigram import BigramLanguageModel, bits_per_byte
 from pipeline.model.flops import flops_per_token, matmul_peak
 from pipeline.model.gpt import GPTForCausalLM
 from pipeline.model.load import fit_embeddings, load_policy, parameter_count
-from pipeline.runtime import hf_trainer
+from pipeline.runtime import hf_trainer, preview
 from pipeline.runtime.arguments import GPTShape, PretrainArguments
 from pipeline.runtime.console import run
 from pipeline.runtime.record import Stage
 from pipeline.text import data
-from pipeline.text.packing import Packed, StreamedRows, collate, pack
+from pipeline.text.lengths import Fit, check_positions
+from pipeline.text.packing import Packed, StreamedRows, collate, document_end, pack
 from pipeline.text.tokenizer import load_tokenizer
 
 BIGRAM_VOCABULARY = 8192  # at most: the bigram's table is the square of it
@@ -36,7 +37,12 @@ def main(args: PretrainArguments) -> None:
     stage = Stage(args, "pretrain", inputs)
     tokenizer = load_tokenizer(args.tokenizer_name_or_path)
     model = build_model(args, tokenizer)
+    check_positions("pretrain", "block_size", args.block_size, model, args.model_name_or_path or "the model")
     training, held_out = load(args, tokenizer)
+    views, told = views_of(args, training, held_out, tokenizer)
+    if args.show:
+        return preview.show(stage, views, told, tokenizer, "trained on is what stands between")
+    preview.say(stage, views, told)
     trainer = PretrainTrainer(
         model=model,
         train_dataset=training if isinstance(training, StreamedRows) else training.rows,
@@ -99,15 +105,43 @@ def load(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[P
     return pack(data.load_texts(args.dataset, **where), tokenizer, args.block_size), held_out
 
 
+def views_of(
+    args: PretrainArguments, training: Packed | StreamedRows, held_out: Packed, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[preview.View], str]:
+    """What is trained on, and a sentence on it. The lengths are those of documents, of a stream the held-out ones'."""
+    end = document_end(tokenizer)
+    told = f"rows of {args.block_size} tokens, of which the first is trained on in the row before"
+    told += f"; a document ends with {tokenizer.convert_ids_to_tokens(end)}"
+    if isinstance(training, StreamedRows):
+        rows: Any = list(islice(training, args.show))
+        fits, told = [fit_of(held_out, end, "held-out documents")], f"training text is read as a stream; {told}"
+    else:
+        rows = training.rows
+        fits = [fit_of(training, end, "training documents"), fit_of(held_out, end, "held-out documents")]
+
+    def parts(number: int) -> list[preview.Part]:
+        ids = rows[number]["input_ids"]
+        return [preview.Part(f"{len(ids):,} tokens", ids, [place > 0 for place in range(len(ids))])]
+
+    shown = range(len(rows))
+    places = [f"row {number + 1}" for number in range(min(args.show, len(rows)))]
+    return [preview.View(fit, places, parts, shown=shown) for fit in fits], told
+
+
+def fit_of(packed: Packed, end: int, what: str) -> Fit:
+    """The lengths of documents, their ends included; all are used, whatever their length."""
+    ends = np.flatnonzero(packed.ids == end)
+    lengths = np.diff([-1, *ends, len(packed.ids)])
+    lengths = lengths[lengths > 0].tolist()
+    return Fit(what, lengths, None, "", list(range(len(lengths))))
+
+
 def build_model(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A GPT with random weights of the configured shape, or the weights of `model_name_or_path`."""
     if args.model_name_or_path:
         model = load_policy(args.model_name_or_path)
         fit_embeddings(model, tokenizer, args.model_name_or_path)
         return model.train()
-    if args.block_size > args.max_position_embeddings:
-        limit = args.max_position_embeddings
-        raise UserError(f"block_size {args.block_size} is longer than max_position_embeddings {limit}")
     if args.num_attention_heads % args.num_key_value_heads:
         raise UserError("num_attention_heads must be a multiple of num_key_value_heads")
     config = Qwen3Config(

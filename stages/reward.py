@@ -1,27 +1,35 @@
 """Train the reward model with TRL: `python -m stages.reward --config configs/stories/reward.yaml`."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import EvalLoopOutput
 from trl import RewardConfig, RewardTrainer
 
 from pipeline.checkpoint import write_json
-from pipeline.errors import UserError
 from pipeline.judging import wilson_interval
 from pipeline.model.load import fit_embeddings, load_critic
 from pipeline.rewards import RewardModel
-from pipeline.runtime import hf_trainer
+from pipeline.runtime import hf_trainer, preview
 from pipeline.runtime.arguments import RewardArguments
 from pipeline.runtime.console import run
 from pipeline.runtime.record import Stage
+from pipeline.runtime.sums import shares, total
 from pipeline.text import data
-from pipeline.text.tokenizer import check_template, load_tokenizer
+from pipeline.text.data import Loaded
+from pipeline.text.lengths import check_positions, fit_rows
+from pipeline.text.tokenizer import load_tokenizer, oddities, scored_ids
+from reward_data.formats import text_of
 
 CALIBRATION_BINS = 10
+NAMES = ("prompt", "chosen", "rejected")
 
 
 def main(args: RewardArguments) -> None:
@@ -31,45 +39,128 @@ def main(args: RewardArguments) -> None:
     model = load_critic(args.model_name_or_path).train()  # the trunk of the SFT model, a new head N(0, 1/(d+1))
     model.config.pad_token_id = tokenizer.pad_token_id
     fit_embeddings(model, tokenizer, args.model_name_or_path)
-    rows = data.load_preferences(args.dataset, split="train", seed=args.seed, size=None).rows
-    held_out = data.load_preferences(args.dataset, split="test", seed=args.seed, size=None).rows
-    check_lengths(args, tokenizer, {"train": rows, "test": held_out})
-
-    names = ["prompt", "chosen", "rejected"]  # the scores that made the labels stay out of sight
-    trainer = RewardTrainer(
-        model=model,
-        args=RewardConfig(**hf_trainer.training_kwargs(args, stage), max_length=args.max_length),
-        train_dataset=rows.select_columns(names),
-        eval_dataset=held_out.select_columns(names),
-        processing_class=tokenizer,
-        optimizer_cls_and_kwargs=hf_trainer.optimizer_kwargs(args),
+    check_positions("reward", "max_length", args.max_length, model, args.model_name_or_path)
+    training, held_out = (
+        prepare(args, tokenizer, data.load_preferences(args.dataset, split=split, seed=args.seed), f"{split} pairs")
+        for split in ("train", "test")
     )
+    views, told = [training.view, held_out.view], "both sides are read whole"
+    if args.show:
+        return preview.show(stage, views, told, tokenizer, "the score is read at the token between")
+    preview.say(stage, views, told)
+
+    trainer = build_trainer(args, stage, model, tokenizer, training.tokens, held_out.tokens)
     hf_trainer.train(trainer, hf_trainer.StageCallback(stage))
     hf_trainer.save_model(trainer, stage)
     if not stage.is_main:
         return
-    reward = RewardModel(args.output_dir, stage.device, args.mixed_precision)
+    rows, reward = training.rows, RewardModel(args.output_dir, stage.device, args.mixed_precision)
     centering = rows.select(range(min(rows.num_rows, max(1, args.center_samples // 2))))
-    metrics = accuracies(reward, held_out, stage.output_dir) | center(reward, centering, stage.output_dir)
+    metrics = accuracies(reward, held_out.rows, stage.output_dir) | center(reward, centering, stage.output_dir)
     stage.say(accuracy_sentence(metrics))
     stage.finish({**metrics, "pairs": rows.num_rows})
 
 
-def check_lengths(args: RewardArguments, tokenizer: PreTrainedTokenizerBase, splits: dict[str, Dataset]) -> None:
-    """Refuse pairs longer than max_length, which RewardTrainer would drop without a word."""
-    for split, rows in splits.items():
-        if isinstance(rows[0]["prompt"], list):
-            check_template(tokenizer)
-        for i, row in enumerate(rows):
-            for side in ("chosen", "rejected"):
-                whole = row["prompt"] + row[side]
-                text = whole if isinstance(whole, str) else tokenizer.apply_chat_template(whole, tokenize=False)
-                length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-                if length >= args.max_length:
-                    raise UserError(
-                        f"reward: row {i + 1} of {args.dataset} ({split}, {side}) has {length} tokens, "
-                        f"more than max_length {args.max_length} allows; raise max_length or shorten the row"
-                    )
+@dataclass
+class Prepared:
+    """A split's pairs that are used: as they were read, and as the trainer takes them."""
+
+    rows: Dataset
+    tokens: Dataset
+    """Columns `chosen_ids` and `rejected_ids`, lists of int: the very ids that RewardModel scores."""
+    view: preview.View
+
+
+def prepare(args: RewardArguments, tokenizer: PreTrainedTokenizerBase, loaded: Loaded, what: str) -> Prepared:
+    """Pairs as tokens, held against max_length. Raises UserError for a row that cannot be rendered, and as
+    lengths.fit_rows does."""
+    prompts = loaded.rows["prompt"][:]
+    sides = {
+        side: scored_ids(tokenizer, prompts, loaded.rows[side][:], loaded.places) for side in ("chosen", "rejected")
+    }
+    lengths = [max(map(len, pair)) for pair in zip(*sides.values(), strict=True)]
+    ends = tokenizer.eos_token or ""
+    texts = ["\n".join(text_of(row[name]).removesuffix(ends) for name in NAMES) for row in loaded.rows]
+    both = [chosen + rejected for chosen, rejected in zip(*sides.values(), strict=True)]
+    notes = [*loaded.notes, *oddities(tokenizer, texts, both, loaded.places, what)]
+    fit = fit_rows("reward", what, lengths, args.max_length, loaded.places, args.overlong)
+
+    def parts(number: int) -> list[preview.Part]:
+        return [
+            preview.Part(f"{side}: {len(ids[number]):,} tokens", ids[number], [False] * (len(ids[number]) - 1) + [True])
+            for side, ids in sides.items()
+        ]
+
+    tokens = Dataset.from_dict({f"{side}_ids": [ids[i] for i in fit.kept] for side, ids in sides.items()})
+    return Prepared(loaded.rows.select(fit.kept), tokens, preview.View(fit, loaded.places, parts, notes))
+
+
+class ExactRewardTrainer(RewardTrainer):
+    """TRL's trainer, with figures over all pairs, the same on any number of processes."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.logits: list[torch.Tensor] = []
+        """Rewards (2, B) of chosen and rejected answers in each forward pass since the last line of metrics."""
+
+    def evaluation_loop(self, *_: object, metric_key_prefix: str = "eval", **__: object) -> EvalLoopOutput:
+        """Loss, accuracy, margin and rewards of all pairs of eval_dataset."""
+        model, held_out = cast(Any, self.model).eval(), cast(Dataset, self.eval_dataset)
+        logits = []
+        for rows, counts in shares(held_out, self.args):
+            inputs = self._prepare_inputs(self.data_collator(rows))
+            with torch.no_grad():
+                pairs = model(**inputs, use_cache=False).logits.view(2, -1)
+            if counts:
+                logits.append(pairs)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._figures(logits).items()}
+        return EvalLoopOutput((np.empty(0),), label_ids=None, metrics=metrics, num_samples=len(held_out))
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss as TRL computes it; notes the rewards."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self.logits.append(outputs.logits.detach().view(2, -1))
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """TRL's line, its means of forward passes replaced by those of pairs."""
+        if cast(Any, self.model).training and self.logits:
+            figures = self._figures(self.logits)
+            self._metrics["train"].clear()
+            self._metrics["train"] |= {name: [value] for name, value in figures.items() if name != "loss"}
+            self.logits = []
+        super().log(logs, *args, **kwargs)
+
+    def _figures(self, logits: list[torch.Tensor]) -> dict[str, float]:
+        """Means over the pairs of all processes, of which this one has `logits`; equal rewards count as wrong."""
+        pairs = torch.cat([torch.zeros(2, 0, device=self.args.device), *logits], dim=1).double()
+        margins = pairs[0] - pairs[1]
+        parts = F.softplus(-margins), margins > 0, margins, pairs.mean(0), torch.ones_like(margins)
+        sums = torch.stack([part.double().sum() for part in parts])
+        loss, right, margin, reward, count = total(self.accelerator, sums)
+        named = {"loss": loss, "accuracy": right, "margin": margin, "mean_reward": reward}
+        return {name: figure / count for name, figure in named.items()}
+
+
+def build_trainer(
+    args: RewardArguments,
+    stage: Stage,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    held_out: Dataset,
+) -> ExactRewardTrainer:
+    """The trainer for rows of `chosen_ids` and `rejected_ids`."""
+    return ExactRewardTrainer(
+        model=model,
+        args=RewardConfig(**hf_trainer.training_kwargs(args, stage), max_length=None),  # the rows fit already
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        optimizer_cls_and_kwargs=hf_trainer.optimizer_kwargs(args),
+    )
 
 
 def rewards_of(reward: RewardModel, rows: Dataset) -> dict[str, torch.Tensor]:

@@ -1,9 +1,11 @@
 """Train the tokenizer: `python -m stages.tokenizer --config configs/stories/tokenizer.yaml`."""
 
+from pipeline.runtime import preview
 from pipeline.runtime.arguments import TokenizerArguments
-from pipeline.runtime.console import run
+from pipeline.runtime.console import console, run
 from pipeline.runtime.record import Stage
 from pipeline.text import data
+from pipeline.text.lengths import percentiles
 from pipeline.text.tokenizer import character_tokenizer, encode, train_tokenizer
 
 SAMPLE_LENGTH = 100_000  # characters of a document to measure bytes_per_token on: a text may be one long document
@@ -16,6 +18,16 @@ def main(args: TokenizerArguments) -> None:
         return
     where = {name: getattr(args, name) for name in ("seed", "max_bytes", "text_column", "streaming")}
     texts = data.load_texts(args.dataset, split="train", **where)
+    sizes = [len(text.encode()) for text in texts]
+    summary = f"{len(texts):,} documents, {sum(sizes):,} bytes of UTF-8", percentiles("bytes of documents", sizes)
+    if args.show:
+        for number, text in enumerate(texts[: args.show], start=1):
+            console.print(f"\ndocument {number}, {sizes[number - 1]:,} bytes", style="bold", markup=False)
+            console.print(preview.plain(text), markup=False, soft_wrap=True)
+        console.print("", *summary, sep="\n", markup=False, soft_wrap=True)
+        return
+    for line in summary:
+        stage.say(line)
     if args.algorithm == "char":
         # A letter that only the held-out text has needs an entry too, or its loss could not be taken.
         held_out = data.load_texts(args.dataset, split="validation", **where)

@@ -122,7 +122,7 @@ def test_folders_open_as_stock_models_with_equal_outputs(smoke: Path) -> None:
 def test_answers_end_at_the_end_of_the_turn(smoke: Path) -> None:
     for stage in ("sft", "ppo"):
         generation = json.loads((smoke / stage / "generation_config.json").read_text())
-        assert generation["eos_token_id"] == [5] and generation["pad_token_id"] == 0
+        assert generation["eos_token_id"] == [5, 1] and generation["pad_token_id"] == 0
 
 
 def test_training_did_something(smoke: Path) -> None:

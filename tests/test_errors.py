@@ -95,12 +95,13 @@ def test_prompt_longer_than_the_context(fails, tmp_path: Path) -> None:
     rows = tmp_path / "prompts.jsonl"
     prompts = [f"Write about {i}." if i % 3 else f"{i} " + "word " * 300 for i in range(30)]
     rows.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-    sentence = fails("ppo", "--dataset", str(rows))
-    assert "train_dataset, row" in sentence and "do not fit the model's context of 160" in sentence
+    sentence = fails("ppo", "--dataset", str(rows), "--overlong", "refuse")
+    assert "prompts.jsonl, " in sentence and "do not fit the 160 tokens that the policy can read" in sentence
 
 
 def test_pair_longer_than_max_length(fails) -> None:
-    assert "max_length 20" in fails("reward", "--max_length", "20")
+    assert "raise max_length" in fails("reward", "--max_length", "20")
+    assert "max_length 20 allows" in fails("reward", "--max_length", "20", "--overlong", "refuse")
 
 
 def test_unwritable_folder_and_full_disk(fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ def test_sft_reward_and_ppo_on_it(tmp_path: Path) -> None:
         done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-1500:]
 
-    small = ("--max_steps", "3", "--per_device_train_batch_size", "4")
+    small = ("--max_steps", "3", "--per_device_train_batch_size", "4", "--max_length", "64")
     stage("sft", "--model_name_or_path", base, "--dataset", str(tmp_path / "sft.jsonl"), *small)
     stage("reward", "--dataset", str(tmp_path / "pairs.jsonl"), *small)
     stage(

@@ -176,9 +176,13 @@ def test_the_end_of_a_document_counts_as_the_end_of_a_turn(sft: Policy, pretrain
     ours = sequence_logprobs(pretrained.model, answers.prompt_ids, responses).item()
     theirs = sequence_logprobs(only_turns.model, answers.prompt_ids, [[40, 41, END_OF_TURN]]).item()
     assert sequence_kl(pretrained, only_turns, answers) == pytest.approx(ours - theirs, abs=1e-6)
-    # a reference that can end with both is asked for the one that was said
-    theirs = sequence_logprobs(sft.model, answers.prompt_ids, responses).item()
+    # also where the reference could end with both: either's usual end is the same event
+    theirs = sequence_logprobs(sft.model, answers.prompt_ids, [[40, 41, END_OF_TURN]]).item()
     assert sequence_kl(pretrained, sft, answers) == pytest.approx(ours - theirs, abs=1e-6)
+    # an end that is not the policy's usual one is asked for as it was said
+    own = sequence_logprobs(sft.model, answers.prompt_ids, responses).item()
+    theirs = sequence_logprobs(only_turns.model, answers.prompt_ids, [[40, 41, END_OF_TURN]]).item()
+    assert sequence_kl(sft, sft, answers) == 0 and sequence_kl(sft, only_turns, answers) == pytest.approx(own - theirs)
 
 
 def test_bits_per_byte_of_a_uniform_model(pretrained: Policy) -> None:

@@ -6,18 +6,23 @@ import random
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerFast, Qwen3Config
 
 from pipeline.errors import UserError
 from pipeline.runtime.arguments import TokenizerArguments
 from pipeline.text.tokenizer import (
     SPECIAL_TOKENS,
+    answered_ids,
     character_tokenizer,
     check_fits,
     encode,
     load_tokenizer,
+    oddities,
     prompt_ids,
+    scored_ids,
     train_tokenizer,
+    turn_end,
 )
 from stages.tokenizer import main
 
@@ -159,6 +164,59 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
         config.save_pretrained(tmp_path)
         with pytest.raises(UserError, match="has no tokenizer"):
             load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        (
+            "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}",
+            "System",
+        ),
+        ("{{ messages[5].content }}", "no element 5"),
+        ("{{ messages[0].content + 1 }}", "can only concatenate str"),
+        ("{% for m in messages %}{{ m.content }}", "Unexpected end of template"),
+        ("{{ messages.__class__.__mro__ }}", "access to attribute '__class__'"),  # it runs in a sandbox
+    ],
+)
+def test_a_template_that_fails_is_a_sentence_with_the_row(template: str, why: str) -> None:
+    tokenizer, system = train_tokenizer(["a b c"], 300), [{"role": "system", "content": "Be brief."}, *CHAT[:1]]
+    tokenizer.chat_template, places = template, ["rows.jsonl, line 7", "rows.jsonl, line 9"]
+    sentence = rf"rows.jsonl, line [79]: the chat template of .* cannot write the conversation \(.*{why}.*\); change or"
+    for function, rows in ((prompt_ids, ()), (answered_ids, (CHAT[1:], CHAT[1:])), (scored_ids, (CHAT[1:], CHAT[1:]))):
+        with pytest.raises(UserError, match=sentence):
+            function(tokenizer, [CHAT[:1], system], *([rows] if rows else []), places)
+    assert turn_end(tokenizer) is None
+
+
+def test_what_a_tokenizer_makes_of_texts_unseen_is_said() -> None:
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1, "<unk>": 2, "a": 3, "b": 4}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"pad_token": "<pad>", "eos_token": "<end>", "unk_token": "<unk>"}
+    tokenizer, texts = PreTrainedTokenizerFast(tokenizer_object=words, **names), ["a b", "a <end> b", "c a d"]
+    ids, places = encode(tokenizer, texts), ["line 1", "line 2", "line 3"]
+    assert oddities(tokenizer, texts, ids, places, "rows") == [
+        "1 of 3 rows spell out a special token in their text (first: <end> in line 2); the model reads it as the token "
+        "itself",
+        "2 tokens in 1 of 3 rows are <unk> (first: line 3): the tokenizer has no entry for what stood there",
+    ]
+    assert oddities(tokenizer, texts[:1], ids[:1], places[:1], "rows") == []
+
+
+def test_the_place_of_a_character_without_an_entry_is_named(letters: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match=r"^rows.txt, line 4: the text has characters .*\('Q'\)"):
+        prompt_ids(letters, ["k", "Qk"], ["rows.txt, line 2", "rows.txt, line 4"])
+
+
+def test_an_end_that_the_tokenizer_puts_behind_every_text_is_not_behind_a_prompt() -> None:
+    tokenizer = train_tokenizer(TEXTS, 300)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|system|> $A <|endoftext|>", special_tokens=[("<|system|>", 2), ("<|endoftext|>", 1)]
+    )
+    tokenizer.bos_token = "<|system|>"
+    (ids,), (whole,) = prompt_ids(tokenizer, ["Ben"]), answered_ids(tokenizer, ["Ben"], [" ran"])
+    assert ids[0] == 2 and 1 not in ids and whole.ids[: whole.start] == ids
+    assert tokenizer.decode(whole.ids) == "<|system|>Ben ran<|endoftext|>"
 
 
 def test_conversations_need_a_chat_template() -> None:

@@ -21,6 +21,7 @@ from pipeline.errors import UserError
 from pipeline.model.decoder import Decoder, borrowed
 from pipeline.model.gpt import MLP, Attention, Block, GPTForCausalLM, GPTModel, RMSNorm
 from pipeline.model.lora import without_wrapper
+from pipeline.text.lengths import positions_of
 
 PARTS = {GPTModel, Block, Attention, MLP, RMSNorm, nn.Linear, nn.Embedding, nn.ModuleList}  # what the decoder knows
 LOOK = 16  # steps on CUDA from one look at which rows have ended to the next: each makes the host wait for the device
@@ -315,7 +316,7 @@ def _respond_with_transformers(
 def _check_lengths(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int) -> None:
     if max_new_tokens < 1 or not prompts:
         raise UserError(f"nothing to sample: max_new_tokens is {max_new_tokens}" if prompts else "no prompts to answer")
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = positions_of(model)
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(f"prompt {index} has no tokens; a prompt needs at least one")

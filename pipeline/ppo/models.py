@@ -15,6 +15,7 @@ from pipeline.ppo.advantages import ESTIMATORS
 from pipeline.ppo.algorithm import length_mask
 from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.forward import ReferenceLogprobs, TokenLogprobs, TokenLogprobsAndValues, TokenValues, value_head
+from pipeline.text.lengths import positions_of
 from pipeline.text.tokenizer import check_fits, stop_ids
 
 COMPARED = 32  # tokens of a prompt on which a model's logits are compared with its head's
@@ -117,7 +118,7 @@ def check_models(
             )
         if [p.shape for p in models.get("reference", policy).parameters()] != [p.shape for p in policy.parameters()]:
             raise UserError("ref_sync_updates: the reference has other shapes than the policy; set it to 0")
-    contexts = [getattr(model.config, "max_position_embeddings", None) for model in models.values()]
+    contexts = [positions_of(model) for model in models.values()]
     return min((context for context in contexts if context is not None), default=None)
 
 
@@ -144,10 +145,11 @@ def embedding_count(model: nn.Module) -> int:
     return table.num_embeddings
 
 
-def end_tokens_of(policy: nn.Module, tokenizer: Any) -> tuple[list[int], str | None]:
-    """Ids that end an answer, those that the policy can say first; a warning if it can say none of them."""
+def end_tokens_of(policy: nn.Module, tokenizer: Any, chat: bool) -> tuple[list[int], str | None]:
+    """Ids that end an answer, those that the policy can say first; a warning if it can say none of them. `chat`: the
+    prompts are conversations."""
     size = embedding_count(policy)
-    ends = stop_ids(policy, tokenizer)
+    ends = stop_ids(policy, tokenizer, chat)
     known = [token for token in ends if 0 <= token < size]
     if known:
         return known, None

@@ -48,6 +48,7 @@ from pipeline.ppo.rollout import (
 from pipeline.ppo.state import RunState, identity_of, load_state, save_state
 from pipeline.ppo.watch import watch_evaluation, watch_update
 from pipeline.rewards import RewardFunction, check_takes, combined
+from pipeline.text.tokenizer import is_chat
 
 Callback = Callable[["PPOTrainer", dict[str, float]], None]
 
@@ -99,10 +100,10 @@ class PPOTrainer:
         check_config(args, accelerator.num_processes)
         check_estimator(args)
         self.context = check_models(policy, reference, critic, args, processing_class)
-        end_tokens, warning = end_tokens_of(policy, processing_class)
+        self.prompts = self._prompts(train_dataset, "train_dataset")
+        end_tokens, warning = end_tokens_of(policy, processing_class, is_chat(self.prompts.rows))
         if warning:
             self.recorder.say(f"warning: {warning}")
-        self.prompts = self._prompts(train_dataset, "train_dataset")
         self.rewards = combined(rewards)
         check_takes(self.rewards, self.prompts.columns)
         sampler = OwnSampler() if sampler is None else sampler

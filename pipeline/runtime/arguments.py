@@ -36,8 +36,19 @@ class StageArguments(RunArguments):
 
 
 @dataclass
-class SamplingFields(StageArguments):
+class DataFields(StageArguments):
+    """Fields of the stages that read a data set: all but the report."""
+
+    show: CountOrZero = 0
+    """Print that many rows as the model will see them, what is kept, dropped and cut, and all lengths; then stop."""
+
+
+@dataclass
+class SamplingFields(DataFields):
     """Fields of the stages that sample answers (preferences, evaluate)."""
+
+    overlong: Literal["drop", "refuse"] = "drop"
+    """What becomes of a prompt that leaves no room for an answer: counted and left out, or an error."""
 
     max_new_tokens: Count = 64
     """Longest answer in tokens; PPO's response_length makes the comparison with it fair."""
@@ -50,7 +61,7 @@ class SamplingFields(StageArguments):
 
 
 @dataclass
-class TrainingFields(StageArguments):
+class TrainingFields(DataFields):
     """Fields of the stages that train with transformers' Trainer (pretrain, sft, reward), under its names."""
 
     max_steps: Count = 1000
@@ -90,7 +101,7 @@ class TrainingFields(StageArguments):
 
 
 @dataclass
-class TokenizerArguments(StageArguments):
+class TokenizerArguments(DataFields):
     """Train a tokenizer: byte-level BPE, or one token a character."""
 
     output_dir: str = "{run_dir}/tokenizer"
@@ -181,7 +192,10 @@ class SFTArguments(TrainingFields):
     validation_size: Count = 500
     """Held-out rows for eval_loss."""
     max_length: Count = 128
-    """Tokens of prompt and answer; longer rows are cut at the end, and left out where nothing of the answer remains."""
+    """Tokens of prompt and answer, no more than the model has positions."""
+    overlong: Literal["cut", "drop", "refuse"] = "cut"
+    """What becomes of a longer row, always counted. cut: it loses its end, and is left out where nothing of the answer
+    remains; its words are learned from all the same, where drop would leave short answers alone. refuse: an error."""
 
 
 @dataclass
@@ -219,7 +233,10 @@ class RewardArguments(TrainingFields):
     model_name_or_path: str = "{run_dir}/sft"
     """Model whose trunk to start from; the head is new."""
     max_length: Count = 128
-    """Longest conversation in tokens; a pair that is longer is an error before training starts."""
+    """Longest conversation in tokens, no more than the model has positions."""
+    overlong: Literal["drop", "refuse"] = "drop"
+    """What becomes of a pair with a longer side: counted and left out, or an error. Not cut, as a score is that of a
+    whole answer."""
     center_samples: Count = 512
     """Held-in answers whose mean and spread of reward are stored, so that rewards are read as standard scores."""
 

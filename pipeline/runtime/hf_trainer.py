@@ -1,6 +1,7 @@
 """What the three Trainer-based stages (pretrain, sft, reward) share: arguments, callback, exact resume, saving."""
 
 import dataclasses
+import os
 import statistics
 import sys
 import time
@@ -26,7 +27,9 @@ except ImportError:  # Windows
 
 def training_kwargs(args: TrainingFields, stage: Stage) -> dict[str, Any]:
     """Keyword arguments of TrainingArguments, and so of TRL's SFTConfig and RewardConfig."""
-    on_cpu = not torch.cuda.is_available()
+    on_cpu, bf16 = not torch.cuda.is_available(), use_bf16(args.mixed_precision)
+    # What `accelerate launch --mixed_precision` leaves here would win over bf16=False
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bf16 else "no"
     # Fields of the same name mean the same.
     ours, theirs = ({field.name for field in dataclasses.fields(kind)} for kind in (TrainingFields, TrainingArguments))
     return {
@@ -38,7 +41,7 @@ def training_kwargs(args: TrainingFields, stage: Stage) -> dict[str, Any]:
         "eval_strategy": "steps",
         "save_strategy": "steps",
         "save_total_limit": 2,
-        "bf16": use_bf16(args.mixed_precision),
+        "bf16": bf16,
         "use_cpu": on_cpu,
         "optim": "adamw_torch_fused",
         "disable_tqdm": True,

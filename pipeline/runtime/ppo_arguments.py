@@ -5,11 +5,11 @@ from typing import Literal
 
 from pipeline.bounds import Count, NotNegative
 from pipeline.ppo.config import PPOConfig
-from pipeline.runtime.arguments import StageArguments
+from pipeline.runtime.arguments import DataFields
 
 
 @dataclass
-class PPOArguments(StageArguments, PPOConfig):
+class PPOArguments(DataFields, PPOConfig):
     """Optimise the policy against the reward model with PPO, under a KL penalty to the SFT model."""
 
     output_dir: str = "{run_dir}/ppo"
@@ -20,6 +20,9 @@ class PPOArguments(StageArguments, PPOConfig):
     """Training prompts to generate or read at most."""
     eval_size: Count = 128
     """Held-out prompts for the evaluation during training."""
+    overlong: Literal["drop", "refuse"] = "drop"
+    """What becomes of a prompt that leaves policy, critic or a reward model no room for an answer of response_length:
+    counted and left out, or an error."""
     model_name_or_path: str = "{run_dir}/sft"
     """Policy to optimise; its frozen copy is the reference."""
     use_peft: bool = False

@@ -121,7 +121,7 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[np.nda
     """The ids of each document and its end."""
     end = document_end(tokenizer)
     options = {"add_special_tokens": False, "return_attention_mask": False, "split_special_tokens": True}
-    encoded = encode(tokenizer, texts, **options, verbose=False)
+    encoded = encode(tokenizer, texts, (), **options, verbose=False)
     return [np.asarray([*ids, end], dtype=np.int32) for ids in encoded]
 
 

@@ -4,20 +4,25 @@ of its own for every role.
 What BPE encodes always comes back, as every byte has an entry; so does what a character tokenizer encodes, which
 refuses a character that it has no entry for. Padding is never an end token: pad == EOS corrupts masks, reward positions
 and values (huggingface/trl#5303).
+
+What a model is trained on, sampled from and scored on is rendered here and nowhere else: `prompt_ids`, `answered_ids`
+and `scored_ids`, with the end of an answer found by `turn_end`.
 """
 
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pipeline.errors import UserError
 from pipeline.text.sources import is_local, one_line
+from reward_data.formats import answer_to, text_of
 
 PAD, END_OF_TEXT, SYSTEM, USER, ASSISTANT, END_OF_TURN = SPECIAL_TOKENS = (
     "<|pad|>",
@@ -85,10 +90,13 @@ def _finished(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> list[list[int]]:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], places: Sequence[str] = (), **options: Any
+) -> list[list[int]]:
     """Token ids of every text; `options` are those of calling the tokenizer.
 
-    Raises UserError with the characters that a character tokenizer has no entry for.
+    Raises UserError with the characters that a character tokenizer has no entry for, and where they stand if `places`
+    of the texts are known.
     """
     try:
         return tokenizer(texts, **options)["input_ids"] if texts else []
@@ -97,11 +105,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any)
             raise
         special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
         bare = [text if options.get("split_special_tokens") else special.sub("", text) for text in texts]
-        missing = sorted(set().union(*bare) - tokenizer.get_vocab().keys())
+        known = tokenizer.get_vocab().keys()
+        missing = sorted(set().union(*bare) - known)
+    first = next((f"{place}: " for place, text in zip(places, bare, strict=False) if not set(text) <= known), "")
     shown = " ".join(map(repr, missing[:10])) + (" …" if len(missing) > 10 else "")
     raise UserError(
-        f"the text has characters that the tokenizer has no entry for ({shown}): train a character tokenizer on text "
-        "that has them, or one with `algorithm: bpe`, which knows every byte"
+        f"{first}the text has characters that the tokenizer has no entry for ({shown}): train a character tokenizer on "
+        "text that has them, or one with `algorithm: bpe`, which knows every byte"
     )
 
 
@@ -123,8 +133,14 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     if vocabulary.keys() <= set(tokenizer.all_special_tokens):
         # What transformers makes of a config.json alone: it would turn every text into nothing
         raise UserError(f"{path} has no tokenizer (no tokenizer.json); save it beside the model, or give its folder")
+    return with_pad_token(tokenizer)
+
+
+def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The same tokenizer, with a pad token of its own, which keeps masks and values right: GPT-2, Llama and Pythia come
+    without one."""
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        # GPT-2, Llama, Pythia come without a pad token: a token of their own keeps masks and values right.
+        vocabulary = tokenizer.get_vocab()
         spare = (PAD, "<|finetune_right_pad_id|>", "<|padding|>", tokenizer.unk_token)
         tokenizer.pad_token = next((t for t in spare if t in vocabulary and t != tokenizer.eos_token), None)
         if tokenizer.pad_token is None:
@@ -177,28 +193,190 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def stop_ids(model: object, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end an answer: those of the model's generation_config, else the tokenizer's end token."""
+def stop_ids(model: object, tokenizer: PreTrainedTokenizerBase, chat: bool = True) -> list[int]:
+    """Ids that end an answer, the usual one first: those of the model's generation_config, else the tokenizer's end
+    token. With `chat`, for conversations, the token that ends a turn in the chat template is always among them."""
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = tokenizer.eos_token_id if ids is None else ids
-    if ids is None:
+    ids = [] if ids is None else list(ids) if isinstance(ids, list | tuple) else [ids]
+    end = turn_end(tokenizer) if chat else None
+    if end is not None and end not in ids:
+        ids = [end, *ids]
+    if not ids:
         raise UserError("neither the policy's generation_config nor its tokenizer names an end token; set eos_token_id")
-    return list(ids) if isinstance(ids, list | tuple) else [ids]
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: list) -> list[list[int]]:
-    """Token ids of prompts, all text or all messages, the same in every stage.
-
-    Text is encoded as TRL does in SFT, with the tokenizer's own special tokens; messages through the chat template, up
-    to where the answer starts.
-    """
-    if not prompts or isinstance(prompts[0], str):
-        return encode(tokenizer, prompts)
-    check_template(tokenizer)
-    texts = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=False)
-    return encode(tokenizer, cast(list[str], texts), add_special_tokens=False)
+    return ids
 
 
 def answer_texts(tokenizer: PreTrainedTokenizerBase, answers: list[list[int]]) -> list[str]:
     """Answers (ids without their end token) as text, special tokens left out."""
     return tokenizer.batch_decode(answers, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+# ---- the one way from rows to tokens --------------------------------------------------------------------------------
+
+PROBE = [{"role": "user", "content": "zqxk"}, {"role": "assistant", "content": "zqxkj"}]
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of the token that the chat template puts after an assistant's answer (`<|im_end|>`, `<end_of_turn>`, …).
+
+    None where it puts none (white space or ordinary words), and where there is no template.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    system = [{"role": "system", "content": "zq"}]
+    for messages in (PROBE, [*system, *PROBE]):  # some templates want a system's word first
+        try:
+            text = conversation_text(tokenizer, messages)
+        except UserError:
+            continue
+        _, found, ending = text.rpartition(PROBE[-1]["content"])
+        special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        ids = encode(tokenizer, [ending], add_special_tokens=False)[0] if found and ending else []
+        return next((token for token in ids if token in special and str(tokenizer.decode([token])).strip()), None)
+    return None
+
+
+def conversation_text(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], place: str = "a conversation", **options: Any
+) -> str:
+    """A conversation as its chat template writes it, in transformers' sandbox; `options` are apply_chat_template's.
+
+    Raises UserError, which names the `place` of the row, where there is no template or it refuses the conversation.
+    """
+    check_template(tokenizer)
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except Exception as error:  # any at all: a template is a program that came with the model
+        why = one_line(error) or type(error).__name__
+    raise UserError(
+        f"{place}: the chat template of {tokenizer.name_or_path or 'the tokenizer'} cannot write the conversation "
+        f"({why}); change or drop the row, or take a tokenizer whose template can"
+    )
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: list, places: Sequence[str] = ()) -> list[list[int]]:
+    """Token ids of prompts, all text or all messages, the same in every stage.
+
+    Text is encoded with the special tokens that the tokenizer puts before it; messages through the chat template, up to
+    where the answer starts. Raises UserError, which names the place of a row that cannot be rendered.
+    """
+    places = places or numbered(prompts)
+    if not prompts or isinstance(prompts[0], str):
+        return _open_ids(tokenizer, prompts, places)
+    texts = [
+        conversation_text(tokenizer, prompt, place, add_generation_prompt=True)
+        for prompt, place in zip(prompts, places, strict=True)
+    ]
+    return encode(tokenizer, texts, places, add_special_tokens=False)
+
+
+class Answered(NamedTuple):
+    """A prompt with its answer as a model is trained on them."""
+
+    ids: list[int]
+    """Token ids of both, the end of the answer included."""
+    start: int
+    """Where the answer begins."""
+    as_sampled: bool
+    """Whether the ids before `start` are those that an answer is sampled from."""
+
+
+def answered_ids(
+    tokenizer: PreTrainedTokenizerBase, prompts: list, completions: list, places: Sequence[str] = ()
+) -> list[Answered]:
+    """Prompts and their answers, up to the end of the answer: the token that ends a turn in the chat template, or where
+    there is none, and after plain text, the tokenizer's end token.
+
+    An answer is text, or one message of the assistant: nobody else's words are trained on. Raises UserError, which
+    names the place of a row that cannot be rendered.
+    """
+    places = places or numbered(prompts)
+    if prompts and isinstance(prompts[0], str):
+        texts = [prompt + _ended(tokenizer, answer) for prompt, answer in zip(prompts, completions, strict=True)]
+        wholes, end = _open_ids(tokenizer, texts, places), None
+    else:
+        for answer, place in zip(completions, places, strict=True):
+            if [message["role"] for message in answer] != ["assistant"]:
+                raise UserError(f"{place}: an answer must be one message of the assistant; put earlier turns in prompt")
+        rows = zip(prompts, completions, places, strict=True)
+        texts = [conversation_text(tokenizer, [*prompt, *answer], place) for prompt, answer, place in rows]
+        wholes, end = encode(tokenizer, texts, places, add_special_tokens=False), turn_end(tokenizer)
+        end_of_text = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    answered = []
+    for prompt, whole in zip(prompt_ids(tokenizer, prompts, places), wholes, strict=True):
+        start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False)))
+        if not isinstance(prompts[0], str):
+            last = max((i for i in range(start, len(whole)) if whole[i] == end), default=None)
+            whole = [*whole, *end_of_text] if last is None else whole[: last + 1]
+        answered.append(Answered(whole, start, start == len(prompt)))
+    return answered
+
+
+def scored_ids(
+    tokenizer: PreTrainedTokenizerBase, prompts: list, completions: list, places: Sequence[str] = ()
+) -> list[list[int]]:
+    """Token ids of whole rows as a reward model reads them, in training and afterwards.
+
+    Conversations are what the chat template writes; plain text is prompt, completion and the tokenizer's end token, as
+    in TRL's RewardTrainer. A completion is text, or messages. Raises UserError as `prompt_ids` does.
+    """
+    places, rows = places or numbered(prompts), zip(prompts, completions, strict=True)
+    if prompts and isinstance(prompts[0], str):
+        texts = [prompt + _ended(tokenizer, text_of(answer)) for prompt, answer in rows]
+        return encode(tokenizer, texts, places)
+    talks = [[*prompt, *(answer_to(prompt, said) if isinstance(said, str) else said)] for prompt, said in rows]
+    texts = [conversation_text(tokenizer, talk, place) for talk, place in zip(talks, places, strict=True)]
+    return encode(tokenizer, texts, places, add_special_tokens=False)
+
+
+def oddities(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], ids: Sequence[list[int]], places: Sequence[str], what: str
+) -> list[str]:
+    """Sentences on what nobody would guess from reading the texts, whose token ids are `ids`: special tokens that are
+    spelt out become those tokens, and what the tokenizer has no entry for becomes the unknown one."""
+    notes = []
+    special = {token for token in tokenizer.all_special_tokens if token.strip()}
+    spelt = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True)))) if special else None
+    found = [
+        (match[0], place) for text, place in zip(texts, places, strict=True) if spelt and (match := spelt.search(text))
+    ]
+    if found:
+        notes.append(
+            f"{len(found):,} of {len(texts):,} {what} spell out a special token in their text (first: {found[0][0]} in "
+            f"{found[0][1]}); the model reads it as the token itself"
+        )
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and unknown not in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
+        lost = [(row.count(unknown), place) for row, place in zip(ids, places, strict=True) if unknown in row]
+        if lost:
+            notes.append(
+                f"{sum(count for count, _ in lost):,} tokens in {len(lost):,} of {len(texts):,} {what} are "
+                f"{tokenizer.unk_token} (first: {lost[0][1]}): the tokenizer has no entry for what stood there"
+            )
+    return notes
+
+
+def is_chat(rows: Any) -> bool:
+    """Whether the prompts of a data set are conversations."""
+    return not isinstance(rows[0]["prompt"], str)
+
+
+def numbered(rows: Sequence[Any]) -> list[str]:
+    """Places of rows that come from no file, counted from 1."""
+    return [f"row {i}" for i in range(1, len(rows) + 1)]
+
+
+def _ended(tokenizer: PreTrainedTokenizerBase, answer: str) -> str:
+    """An answer in plain text with the tokenizer's end token, once."""
+    end = tokenizer.eos_token or ""
+    return answer if answer.endswith(end) else answer + end
+
+
+def _open_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], places: Sequence[str]) -> list[list[int]]:
+    """Ids of texts with the special tokens that the tokenizer puts before a text, without those that it puts behind."""
+    added = encode(tokenizer, [""])[0]
+    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
+    closes = bool(added) and added[-1] in ends and added != [tokenizer.bos_token_id]
+    ids = encode(tokenizer, texts, places)
+    return [row[:-1] for row in ids] if closes else ids
