@@ -188,4 +188,4 @@ def main(args: ChatArguments) -> None:
 
 
 if __name__ == "__main__":
-    run(main, ChatArguments)
+    run(main, ChatArguments, interactive=True)

@@ -40,6 +40,14 @@ class Recorder(Protocol):
     def log(self, metrics: dict[str, Any]) -> None:
         """One line of metrics, once."""
 
+    @property
+    def stopping(self) -> int:
+        """Not 0 once a signal has asked this process to stop."""
+        ...
+
+    def stop(self, kept: Path) -> None:
+        """End the run, whose state is now in `kept`; called by all processes where one is `stopping`."""
+
     def progress(
         self, total: int, description: str, done: int = 0
     ) -> contextlib.AbstractContextManager[Callable[..., None]]:
@@ -59,8 +67,13 @@ class Prints:
         """The newest checkpoint that is whole."""
         return latest_checkpoint(self.checkpoints, self.say)
 
+    stopping = 0  # a script deals with signals itself
+
     def begin(self) -> None:
         """Nothing has to be made ready."""
+
+    def stop(self, kept: Path) -> None:
+        """Never called."""
 
     def say(self, sentence: str) -> None:
         """Print on the main process."""

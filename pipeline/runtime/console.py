@@ -5,39 +5,56 @@ import contextlib
 import datetime
 import errno
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 
 from pipeline.errors import UserError
+from pipeline.runtime import signals
 from pipeline.runtime.command_line import ArgumentsT, parse
 
 console = Console(highlight=False)
 UNITS = {"grad_norm": "grad {:.3g}", "tokens_per_s": "{:,.0f} tok/s", "mfu": "{:.0%} of peak", "memory_mb": "{:,} MB"}
+NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 UNSHOWN = {"learning_rate"}  # metrics.jsonl has it; it follows from the step
 
 
-def run(main: Callable[[ArgumentsT], None], kind: type[ArgumentsT]) -> None:
-    """Parse the arguments, call `main`, and turn a UserError or a full disk into one sentence and exit code 2."""
+def run(main: Callable[[ArgumentsT], None], kind: type[ArgumentsT], *, interactive: bool = False) -> None:
+    """Parse the arguments, call `main`, and turn what stops it into one sentence and an exit code.
+
+    2 for a UserError or a full disk; 130 for Ctrl-C and 143 for SIGTERM, after what runtime/signals.py says (an
+    `interactive` program deals with Ctrl-C itself).
+    """
     _quiet_libraries()
-    try:
-        main(parse(kind))
-    except UserError as error:
-        _exit(str(error))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        _exit(f"{error.strerror}: {error.filename or 'the output folder'}; nothing more was written")
-    except SafetensorError as error:
-        _exit(f"weights cannot be read or written ({error}); is a file cut off, or the disk full?")
-    except KeyboardInterrupt:
-        _exit("stopped; the same command goes on from the last checkpoint, if there is one", code=130)
+    with contextlib.nullcontext() if interactive else signals.watching(launched=_has_a_launcher()):
+        try:
+            main(parse(kind))
+        except UserError as error:
+            _exit(f"error: {error}")
+        except KeyboardInterrupt as stop:
+            _stop(stop)
+        except SafetensorError as error:
+            _exit(f"error: weights cannot be read or written ({error}); is a file cut off, or the disk full?")
+        except Exception as error:
+            if signals.asked():  # another process left, or a library turned the interruption into an error of its own
+                _stop(signals.Stopped(signals.asked()), f" (on the way: {type(error).__name__}: {error})")
+            if not isinstance(error, OSError) or error.errno not in NOT_WRITABLE:
+                raise
+            _exit(f"error: {error.strerror}: {error.filename or 'the output folder'}; nothing more was written")
     leave()
+
+
+def _has_a_launcher() -> bool:
+    """Whether torchrun, accelerate or the like started this process, and should not be outlived."""
+    # The second is set by accelerate launch alone, also where it starts one process.
+    marks = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_USE_DYNAMIC")
+    return processes() > 1 or any(mark in os.environ for mark in marks)
 
 
 def processes() -> int:
@@ -58,11 +75,20 @@ def leave() -> None:
         os._exit(0)
 
 
-def _exit(sentence: str, code: int = 2) -> None:
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
+def _exit(sentence: str, code: int = 2) -> NoReturn:
+    print(sentence, file=sys.stderr, flush=True)
     if processes() > 1:  # the others wait in a collective: leave without waiting for them
+        sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _stop(stop: KeyboardInterrupt, more: str = "") -> NoReturn:
+    """Leave as a signal asked for; of several processes, the main one says it."""
+    stopped = stop if isinstance(stop, signals.Stopped) else signals.Stopped(signal.SIGINT)
+    if int(os.environ.get("RANK", "0")) != 0:
+        os._exit(stopped.code)
+    _exit(f"{stopped}{more}", stopped.code)
 
 
 def _quiet_libraries() -> None:
