@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_models import write_models
+from tiny_models import tiny_tokenizer, write_models
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from pipeline.checkpoint import sha256_of
+from pipeline.checkpoint import fault_of, latest_checkpoint, sha256_of
 from pipeline.runtime import hf_trainer, signals
 from pipeline.runtime.arguments import PretrainArguments, RewardArguments, SFTArguments
 from pipeline.runtime.command_line import resolve
@@ -41,8 +42,11 @@ STAGES: dict[str, tuple[Callable[[Any], None], type]] = {
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny models, and data of each kind."""
     run = write_models(tmp_path_factory.mktemp("run"))
-    write_models(run)
     (run / "sft").rename(run / "base")
+    # With dropout, so that a random number drawn or left out shows
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=2))
+    model.save_pretrained(run / "dropout")
+    tiny_tokenizer().save_pretrained(run / "dropout")
     rng = np.random.default_rng(0)
     words = ["Ben", "found", "a", "kite", "near", "the", "river.", "He", "was", "happy."]
 
@@ -66,7 +70,7 @@ def go(run: Path, stage: str, output: Path, **changes: Any) -> None:
         fields |= {"model_name_or_path": str(run / "pretrain"), "tokenizer_name_or_path": str(run / "pretrain")}
         changes |= {"block_size": 16, "max_bytes": None, "validation_bytes": None}
     else:
-        fields["model_name_or_path"] = str(run / "base")
+        fields["model_name_or_path"] = str(run / ("dropout" if stage == "sft" else "base"))
         changes |= {"max_length": 64} if stage == "reward" else {"max_length": 64, "validation_size": 7}
     main(resolve(kind(**fields | STEPS | changes)))
 
@@ -94,6 +98,18 @@ class Killed(BaseException):
     """What a test kills a stage with."""
 
 
+def killed_after(step: int) -> Callable[[Path], None]:
+    """A `seal` after which the stage dies, once the checkpoint of `step` is whole."""
+    seal = hf_trainer.seal
+
+    def and_killed(checkpoint: Path) -> None:
+        seal(checkpoint)
+        if checkpoint.name == f"checkpoint-{step}":
+            raise Killed
+
+    return and_killed
+
+
 @pytest.fixture(scope="module")
 def whole(run: Path) -> Callable[[str], dict[str, Any]]:
     """What a stage leaves that runs through."""
@@ -113,16 +129,90 @@ def whole(run: Path) -> Callable[[str], dict[str, Any]]:
 def test_killed_after_a_checkpoint(
     run: Path, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch, stage: str, at: int
 ) -> None:
-    seal = hf_trainer.seal
-
-    def and_killed(checkpoint: Path) -> None:
-        seal(checkpoint)
-        if checkpoint.name == f"checkpoint-{at}":
-            raise Killed
-
     with monkeypatch.context() as patch:
-        patch.setattr(hf_trainer, "seal", and_killed)
+        patch.setattr(hf_trainer, "seal", killed_after(at))
         with pytest.raises(Killed):
             go(run, stage, tmp_path)
     go(run, stage, tmp_path)
     assert left_by(tmp_path) == whole(stage)
+
+
+def signalled(run: Path, stage: str, output: Path) -> signals.Stopped:
+    """Run a stage that is to be stopped by SIGTERM."""
+    with signals.watching(), pytest.raises(signals.Stopped) as stop:
+        go(run, stage, output)
+    return stop.value
+
+
+@pytest.mark.parametrize("at", [7, 8, 12])
+@pytest.mark.parametrize("stage", STAGES)
+def test_sigterm_saves_the_step_and_puts_an_evaluation_off(
+    run: Path, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch, stage: str, at: int
+) -> None:
+    on_step_end = hf_trainer.StageCallback.on_step_end
+
+    def and_signalled(self: Any, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if state.global_step == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        on_step_end(self, args, state, control, **others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_trainer.StageCallback, "on_step_end", and_signalled)
+        stop = signalled(run, stage, tmp_path)
+    kept = tmp_path / "checkpoints" / f"checkpoint-{at}"
+    assert str(stop) == f"stopped by SIGTERM; saved {kept}; the same command goes on from there" and stop.code == 143
+    assert fault_of(kept) is None and not (tmp_path / "stage.json").exists()
+    go(run, stage, tmp_path)
+    assert left_by(tmp_path) == whole(stage)
+
+
+@pytest.mark.parametrize("during", [2, 3, 4])
+def test_a_signal_breaks_an_evaluation_off(
+    run: Path, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch, during: int
+) -> None:
+    """Of the evaluations after step 4, 8, 12, and the one after training."""
+    held_out_nats, calls = pretrain.held_out_nats, []
+
+    def and_signalled(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == during:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return held_out_nats(*args, **kwargs)
+
+    monkeypatch.setattr(pretrain, "held_out_nats", and_signalled)
+    stop = signalled(run, "pretrain", tmp_path)
+    kept = tmp_path / "checkpoints" / f"checkpoint-{min(12, 4 * during)}"
+    assert stop.kept == (kept if during < 4 else None) and fault_of(kept) is None
+    go(run, "pretrain", tmp_path)
+    assert left_by(tmp_path) == whole("pretrain")
+    assert len(calls) == 4 + 1
+
+
+def test_lines_and_checkpoints_of_the_second_part_come_as_it_asks(run: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_trainer, "seal", killed_after(6))
+        with pytest.raises(Killed):
+            go(run, "pretrain", tmp_path)
+    go(run, "pretrain", tmp_path, logging_steps=2, save_steps=5)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [5, 8, 10, 12]
+    assert sorted(path.name for path in tmp_path.glob("checkpoints/*-*")) == ["checkpoint-10", "checkpoint-12"]
+
+
+def test_a_damaged_later_checkpoint_takes_no_room(run: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """The Trainer keeps two: a damaged one would be one of them, and the whole one would go before the next is whole."""
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_trainer, "seal", killed_after(6))
+        with pytest.raises(Killed):
+            go(run, "pretrain", tmp_path)
+    (tmp_path / "checkpoints/checkpoint-6/optimizer.pt").write_bytes(b"damaged")
+    (tmp_path / "checkpoints/checkpoint-6").rename(tmp_path / "checkpoints/checkpoint-11")
+
+    def killed(checkpoint: Path) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_trainer, "seal", killed)
+        with pytest.raises(Killed):
+            go(run, "pretrain", tmp_path)
+    assert latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints/checkpoint-3"

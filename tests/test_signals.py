@@ -119,7 +119,7 @@ def test_one_signal_ends_what_does_not_listen_after_a_while() -> None:
     assert code == 143 and said.count("stopped by SIGTERM") == 1
 
 
-def test_what_is_ignored_stays_ignored() -> None:
+def test_nohup_still_works() -> None:
     process = start("""
 signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
 with signals.watching():

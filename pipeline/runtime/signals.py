@@ -56,10 +56,9 @@ class _Watch:
 
     def begin(self) -> None:
         _reset_in_children()
-        wanted = [getattr(signal, name, None) for name in ("SIGTERM", "SIGINT", "SIGHUP")]
-        there = [number for number in wanted if number is not None]
-        # What is ignored, as SIGHUP under nohup, stays ignored.
-        watched = [number for number in there if signal.getsignal(number) != signal.SIG_IGN]
+        watched = [signal.SIGTERM, signal.SIGINT]  # also where a shell has a job in the background ignore Ctrl-C
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
+            watched.append(signal.SIGHUP)
         self.before = {number: signal.signal(number, self._handle) for number in watched}
         self.descriptor_before = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
         self.thread.start()
@@ -96,7 +95,7 @@ class _Watch:
 
     def _listen(self) -> None:
         heard: list[float] = []
-        number, orphaned = 0, 0.0
+        number, orphaned, told = 0, 0.0, False
         while not self.ended:
             ready, _, _ = select.select([self.reader], [], [], PERIOD)
             now = time.monotonic()
@@ -107,6 +106,9 @@ class _Watch:
                     heard.append(now)
             if heard and heard[-1] - heard[0] > self.echo:
                 _leave(number, "a second signal: left at once, nothing was saved")
+            if heard and self.deferring and not (ready or told):
+                told = True
+                _print(f"{signal.Signals(number).name}: the run stops after this step; a second signal ends it at once")
             if heard and not self.deferring and now > self.deadline:
                 _leave(number, _WITHOUT_A_SAVE)
             if self.launcher is not None and not orphaned and os.getppid() != self.launcher:
