@@ -200,7 +200,7 @@ def test_lines_and_checkpoints_of_the_second_part_come_as_it_asks(run: Path, tmp
 
 
 def test_a_damaged_later_checkpoint_takes_no_room(run: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """The Trainer keeps two: a damaged one would be one of them, and the whole one would go before the next is whole."""
+    """The Trainer keeps two. If a damaged one counts, the whole one goes before the next is whole."""
     with monkeypatch.context() as patch:
         patch.setattr(hf_trainer, "seal", killed_after(6))
         with pytest.raises(Killed):

@@ -149,7 +149,7 @@ def asked() -> int:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Inside it a signal is only remembered, for a loop that looks at `asked`; at its end, Stopped comes all the same."""
+    """Inside it a signal is only remembered, for a loop that looks at `asked`; at its end, Stopped is raised."""
     with _deferring(True):
         yield
     if _watch and not _watch.deferring:
