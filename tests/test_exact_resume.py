@@ -2,13 +2,17 @@
 
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from tiny_models import tiny_tokenizer, write_models
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -216,3 +220,52 @@ def test_a_damaged_later_checkpoint_takes_no_room(run: Path, tmp_path: Path, mon
         with pytest.raises(Killed):
             go(run, "pretrain", tmp_path)
     assert latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints/checkpoint-3"
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_go_on_alike_and_log_what_one_does(run: Path, tmp_path: Path) -> None:
+    corpus = [{"text": f"{i} " + "Ben found a kite near the river. " * (1 + i % 3)} for i in range(1200)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in corpus))
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu-2.yaml"]
+
+    def started(output: Path, batch: int, launcher: list[str]) -> subprocess.Popen[str]:
+        fields = {
+            **STEPS,
+            "run_dir": run,
+            "dataset": tmp_path / "corpus.jsonl",
+            "output_dir": output,
+            "model_name_or_path": run / "pretrain",
+            "tokenizer_name_or_path": run / "pretrain",
+            "block_size": 16,
+            "max_bytes": "none",
+            "max_steps": 250,
+            "logging_steps": 20,
+            "eval_steps": 70,
+            "save_steps": 1000,
+            "per_device_train_batch_size": batch,
+        }
+        words = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen([sys.executable, *launcher, "-m", "stages.pretrain", *words], cwd=ROOT, **pipes)
+
+    def finished(output: Path, batch: int, launcher: list[str]) -> dict[str, Any]:
+        process = started(output, batch, launcher)
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said[-9000:]
+        return left_by(output)
+
+    one, two = finished(tmp_path / "one", 4, []), finished(tmp_path / "two", 2, launch)
+    stopped = started(tmp_path / "stopped", 2, launch)
+    assert stopped.stdout is not None
+    next(line for line in stopped.stdout if "step 40" in line)
+    stopped.send_signal(signal.SIGTERM)
+    said = stopped.communicate(timeout=60)[0]
+    kept = re.search(r"stopped by SIGTERM; saved (\S+); the same command goes on from there", said)
+    assert kept and fault_of(Path(kept[1])) is None and said.count("stopped by") == 1
+    assert not (tmp_path / "stopped/stage.json").exists()
+    assert finished(tmp_path / "stopped", 2, launch) | {"checkpoints": 0} == two | {"checkpoints": 0}
+    # The same rows make each step. The first loss differs in its last bit, and each step makes more of that.
+    for name in ("loss", "val_loss"):
+        losses = [[line[name] for line in left["lines"] if name in line] for left in (one, two)]
+        assert losses[0][0] == pytest.approx(losses[1][0], rel=3e-5)
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)

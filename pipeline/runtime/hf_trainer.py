@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from accelerate.utils import send_to_device
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from pipeline.checkpoint import seal, step_of
@@ -207,12 +208,12 @@ def load_sums(trainer: Any, checkpoint: Path) -> list[float]:
     """Put back what save_sums kept; returns its tokens_per_s."""
     if not sums_file(trainer, checkpoint).exists():
         return []
-    sums = torch.load(sums_file(trainer, checkpoint), map_location=trainer.args.device, weights_only=True)
+    sums = torch.load(sums_file(trainer, checkpoint), map_location="cpu", weights_only=True)
     for mode, figures in sums.pop("_metrics", {}).items():
         trainer._metrics[mode].update(figures)
     speeds = sums.pop("tokens_per_s")
     for name, value in sums.items():
-        setattr(trainer, name, value)
+        setattr(trainer, name, send_to_device(value, trainer.args.device))
     return speeds
 
 
