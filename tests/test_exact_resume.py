@@ -37,6 +37,7 @@ STEPS: dict[str, Any] = {
 TIMES = ("time", "tokens_per_s", "mfu", "memory_mb", "seconds_left")
 STAGES: dict[str, tuple[Callable[[Any], None], type]] = {
     "pretrain": (pretrain.main, PretrainArguments),
+    "stream": (pretrain.main, PretrainArguments),
     "sft": (sft.main, SFTArguments),
     "reward": (reward.main, RewardArguments),
 }
@@ -69,8 +70,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def go(run: Path, stage: str, output: Path, **changes: Any) -> None:
     main, kind = STAGES[stage]
-    fields = {"run_dir": str(run), "dataset": str(run / f"{stage}.jsonl"), "output_dir": str(output)}
-    if stage == "pretrain":
+    data = "pretrain" if stage == "stream" else stage
+    fields = {"run_dir": str(run), "dataset": str(run / f"{data}.jsonl"), "output_dir": str(output)}
+    if stage == "stream":
+        changes |= {"streaming": True, "shuffle_buffer_size": 20}
+    if stage in ("pretrain", "stream"):
         fields |= {"model_name_or_path": str(run / "pretrain"), "tokenizer_name_or_path": str(run / "pretrain")}
         changes |= {"block_size": 16, "max_bytes": None, "validation_bytes": None}
     else:
@@ -96,6 +100,10 @@ def left_by(output: Path) -> dict[str, Any]:
         "tokens": record["tokens"],
         "checkpoints": sorted(path.name for path in output.glob("checkpoints/*-*")),
     }
+
+
+# One of them shows the kind, in a second.
+ALL = ["pretrain", *(pytest.param(name, marks=pytest.mark.slow) for name in STAGES if name != "pretrain")]
 
 
 class Killed(BaseException):
@@ -128,7 +136,7 @@ def whole(run: Path) -> Callable[[str], dict[str, Any]]:
     return of
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ALL)
 @pytest.mark.parametrize("at", [6, 12])
 def test_killed_after_a_checkpoint(
     run: Path, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch, stage: str, at: int
@@ -149,7 +157,7 @@ def signalled(run: Path, stage: str, output: Path) -> signals.Stopped:
 
 
 @pytest.mark.parametrize("at", [7, 8, 12])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ALL)
 def test_sigterm_saves_the_step_and_puts_an_evaluation_off(
     run: Path, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch, stage: str, at: int
 ) -> None:
