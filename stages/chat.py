@@ -198,4 +198,4 @@ def main(args: ChatArguments) -> None:
 
 
 if __name__ == "__main__":
-    run(main, ChatArguments)
+    run(main, ChatArguments, interactive=True)

@@ -1,6 +1,7 @@
 """Judge the policies on held-out prompts: `python -m stages.evaluate --config configs/stories/evaluate.yaml`."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from pipeline.rewards import RewardModel, checked, load_function, readers_of
 from pipeline.runtime import preview
 from pipeline.runtime.arguments import EvaluateArguments
 from pipeline.runtime.console import run
+from pipeline.runtime.parts import Parts
 from pipeline.runtime.record import Stage
 from pipeline.text import data
 from pipeline.text.data import Loaded
@@ -39,7 +41,6 @@ def main(args: EvaluateArguments) -> None:
 
     with stage.progress((3 + args.best_of) * len(prompts), "evaluate") as advance:
         verdicts = judge_policies(args, stage, policies, prompts, proxy=proxy, gold=gold, advance=advance)
-    stage.begin()
     scores: dict[str, Any] = {"policies": {name: verdict.figures for name, verdict in verdicts.items()}, "win_rate": {}}
     ours, theirs = verdicts["ppo"].gold, verdicts["sft"].gold
     if ours and theirs:
@@ -90,15 +91,15 @@ def judge_policies(
     advance: Callable[[int], None],
 ) -> dict[str, judging.Verdict]:
     """Verdicts of pretrain, sft, best_of_<n> and ppo, in this order; `advance` is told how many answers are done."""
-    sft, pretrained = policies["sft"], policies["pretrain"]
+    sft, pretrained, n = policies["sft"], policies["pretrain"], args.best_of
     fluency = partial(judging.text_bits_per_byte, pretrained.model, pretrained.tokenizer)
-    n, verdicts = args.best_of, {}
-    for number, name in enumerate(("pretrain", "sft", f"best_of_{n}", "ppo")):
+
+    def judge(number: int, name: str, asked: list[Any]) -> dict[str, Any]:
         policy = policies.get(name, sft)
         with stage.dtype_autocast():
             answers = judging.answer(
                 policy,
-                [prompt for prompt in prompts for _ in range(1 if name in policies else n)],
+                asked,
                 max_new_tokens=args.max_new_tokens,
                 temperature=args.temperature,
                 batch_size=args.batch_size,
@@ -112,7 +113,15 @@ def judge_policies(
         else:
             best, kl = judging.best_of(scores, n), judging.best_of_n_kl(n)
             answers, scores = answers.take(best), [scores[i] for i in best]
-        verdicts[name] = judging.verdict_of(answers, proxy=scores, gold=gold, kl=kl, fluency=fluency, seed=args.seed)
+        return asdict(judging.verdict_of(answers, proxy=scores, gold=gold, kl=kl, fluency=fluency, seed=args.seed))
+
+    parts, verdicts = Parts(stage), {}
+    for number, name in enumerate(("pretrain", "sft", f"best_of_{n}", "ppo")):
+        asked = [prompt for prompt in prompts for _ in range(1 if name in policies else n)]
+        if parts.is_kept:
+            advance(len(asked))
+        part = parts.get(partial(judge, number, name, asked))
+        verdicts[name] = judging.Verdict(**part | {"answers": judging.Answers(**part["answers"])})
     return verdicts
 
 

@@ -14,7 +14,7 @@ from pipeline.ppo import PPOTrainer
 from pipeline.ppo.advantages import ESTIMATORS, check_estimator
 from pipeline.ppo.config import check_config
 from pipeline.rewards import RewardFunction, load_function, load_rewards, readers_of, reward_names
-from pipeline.runtime import preview
+from pipeline.runtime import preview, signals
 from pipeline.runtime.console import run
 from pipeline.runtime.ppo_arguments import PPOArguments
 from pipeline.runtime.record import Stage
@@ -68,7 +68,8 @@ def main(args: PPOArguments) -> None:
         ptx_dataset=pretraining_text(args),
         recorder=stage,
     )
-    metrics = trainer.train()
+    with signals.deferred():  # the trainer looks at them between updates
+        metrics = trainer.train()
     trainer.save_model(Path(args.output_dir))
     stage.finish(metrics, tokens=trainer.state.tokens)
 

@@ -2,19 +2,24 @@
 
 import math
 import random
+from functools import partial
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 
 from pipeline.checkpoint import write_jsonl
 from pipeline.errors import UserError
 from pipeline.judging import Policy, answer
 from pipeline.model.load import fit_embeddings, load_policy
-from pipeline.rewards import checked, load_function, readers_of
+from pipeline.ppo.rollout import seeded
+from pipeline.rewards import RewardFunction, checked, load_function, readers_of
 from pipeline.runtime import preview
 from pipeline.runtime.arguments import PreferencesArguments
 from pipeline.runtime.console import run
+from pipeline.runtime.parts import Parts
 from pipeline.runtime.record import Stage
 from pipeline.text import data
 from pipeline.text.tokenizer import load_tokenizer
@@ -34,8 +39,7 @@ def main(args: PreferencesArguments) -> None:
         if not rows:
             raise UserError(f"preferences: no {split} pairs came out (all answers tied); sample more or hotter")
     stage.begin()
-    for split, rows in splits.items():
-        write_jsonl(stage.output_dir / f"{split}.jsonl", rows)
+    write_pairs(stage.output_dir, splits)
     metrics: dict[str, float] = {"pairs": len(splits["train"]), "test_pairs": len(splits["test"])}
     if not human:
         rows = splits["train"] + splits["test"]
@@ -54,15 +58,22 @@ def labelled_by_people(args: PreferencesArguments, stage: Stage) -> dict[str, li
     return {name: loaded.rows.to_list() for name, loaded in splits.items()}
 
 
+def write_pairs(folder: Path, splits: dict[str, list[dict]]) -> None:
+    """Write train.jsonl and test.jsonl. Stopped anywhere in here, train.jsonl is not there, or both are of one run."""
+    for split, rows in splits.items():
+        write_jsonl(folder / f"{split}.jsonl.partial", rows)
+    (folder / "train.jsonl").unlink(missing_ok=True)
+    for split in ("test", "train"):
+        (folder / f"{split}.jsonl.partial").replace(folder / f"{split}.jsonl")
+
+
 def sample_and_label(args: PreferencesArguments, stage: Stage) -> dict[str, list[dict]]:
     """Sample answers of the policy and let the labeller choose within pairs of them, with Bradley-Terry noise."""
     label = load_function(args.labeller)
     policy = Policy(load_policy(args.model_name_or_path, stage.device), load_tokenizer(args.model_name_or_path))
     fit_embeddings(policy.model, policy.tokenizer, args.model_name_or_path)
-    generator = torch.Generator(stage.device).manual_seed(args.seed)
     coin = random.Random(args.seed)
-    n = args.num_generations
-    at_once = max(1, args.batch_size // n)  # prompts
+    at_once = max(1, args.batch_size // args.num_generations)  # prompts
     splits: dict[str, list[dict]] = {"train": [], "test": []}
     loaded = {
         "train": data.load_prompts(args.dataset, split="preferences", seed=args.seed, size=args.dataset_size),
@@ -73,27 +84,43 @@ def sample_and_label(args: PreferencesArguments, stage: Stage) -> dict[str, list
     prompts = preview.open_prompts(stage, loaded, readers, policy.tokenizer, policy.stops, room, args.overlong)
     if args.show:
         return {}
+    parts = Parts(stage)
     with stage.progress(args.dataset_size + args.test_size, "preferences") as advance:
-        for name, rows in prompts.items():
+        for number, (name, rows) in enumerate(prompts.items()):
             for start in range(0, len(rows), at_once):
-                asked = [i for i in range(start, min(start + at_once, len(rows))) for _ in range(n)]
-                columns = rows.select(asked).to_dict()
-                with stage.dtype_autocast():
-                    answers = answer(
-                        policy,
-                        columns.pop("prompt"),
-                        max_new_tokens=args.max_new_tokens,
-                        temperature=args.temperature,
-                        batch_size=len(asked),
-                        generator=generator,
-                    )
-                completions = [answer_to(*pair) for pair in zip(answers.prompts, answers.texts, strict=True)]
-                scores = checked(f"labeller {args.labeller}", label, answers.prompts, completions, columns)
-                for i in range(0, len(asked), n):
-                    ranked = list(zip(completions[i : i + n], scores[i : i + n], strict=True))
-                    splits[name] += pair_up(answers.prompts[i], ranked, args.label_beta, args.min_score_gap, coin)
-                advance(len(asked) // n)
+                some = range(start, min(start + at_once, len(rows)))
+                generator = seeded(args.seed, number, start)  # so that no part depends on those before it
+                for prompt, scored in parts.get(partial(ask, args, stage, policy, label, rows, some, generator)):
+                    splits[name] += pair_up(prompt, scored, args.label_beta, args.min_score_gap, coin)
+                advance(len(some))
     return splits
+
+
+def ask(
+    args: PreferencesArguments,
+    stage: Stage,
+    policy: Policy,
+    label: RewardFunction,
+    rows: Dataset,
+    some: range,
+    generator: torch.Generator,
+) -> list[tuple[Any, list[tuple[Any, float]]]]:
+    """Each prompt of the rows `some` with its answers, each with the labeller's score."""
+    n = args.num_generations
+    columns = rows.select([i for i in some for _ in range(n)]).to_dict()
+    with stage.dtype_autocast():
+        answers = answer(
+            policy,
+            columns.pop("prompt"),
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            batch_size=n * len(some),
+            generator=generator,
+        )
+    completions = [answer_to(*pair) for pair in zip(answers.prompts, answers.texts, strict=True)]
+    scores = checked(f"labeller {args.labeller}", label, answers.prompts, completions, columns)
+    scored = list(zip(completions, scores, strict=True))
+    return [(answers.prompts[i], scored[i : i + n]) for i in range(0, len(scored), n)]
 
 
 def pair_up(

@@ -62,7 +62,8 @@ def main(args: PretrainArguments) -> None:
     hf_trainer.train(trainer, callback)
     if isinstance(training, StreamedRows):
         texts: Any = training.texts
-        stage.say(f"{texts.documents:,} documents were read, {texts.duplicates:,} of them duplicates")
+        if texts.documents:  # none where all steps had been done before
+            stage.say(f"{texts.documents:,} documents were read, {texts.duplicates:,} of them duplicates")
 
     val_loss = trainer.evaluate()["eval_loss"]
     hf_trainer.save_model(trainer, stage)

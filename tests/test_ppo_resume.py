@@ -211,3 +211,27 @@ def test_saved_folders_are_stock(tmp_path):
     judge = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model" / "critic")
     torch.testing.assert_close(judge.score.weight, made.models.critic.score.weight)
     assert AutoTokenizer.from_pretrained(tmp_path / "model").eos_token == "<end>"
+
+
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_a_run_that_is_asked_to_stop_keeps_the_update_and_puts_its_evaluation_off(tmp_path, at):
+    whole = trainer(tmp_path / "whole", eval_rows=prompts(3), eval_steps=2, save_steps=3)
+    whole.train()
+
+    class Asked(BaseException):
+        pass
+
+    def stop(kept):
+        raise Asked(kept)
+
+    first = trainer(tmp_path, eval_rows=prompts(3), eval_steps=2, save_steps=3)
+    first.recorder.stop = stop
+    first.callbacks.append(lambda t, _: setattr(t.recorder, "stopping", 15 if t.state.updates_done == at else 0))
+    with pytest.raises(Asked) as asked:
+        first.train()
+    assert asked.value.args == (tmp_path / f"checkpoints/step-{at:08d}",)
+    again = trainer(tmp_path, eval_rows=prompts(3), eval_steps=2, save_steps=3)
+    again.train()
+    assert same(weights(again.models.policy), weights(whole.models.policy))
+    lines = [[(r["step"], sorted(r)) for r in made.rows] for made in (whole, first, again)]
+    assert lines[0] == lines[1] + lines[2]

@@ -42,6 +42,14 @@ class Recorder(Protocol):
     def log(self, metrics: dict[str, Any]) -> None:
         """One line of metrics, once."""
 
+    @property
+    def stopping(self) -> int:
+        """Not 0 once a signal has asked this process to stop."""
+        ...
+
+    def stop(self, kept: Path) -> None:
+        """End the run, whose state is now in `kept`; called by all processes where one is `stopping`."""
+
     def progress(
         self, total: int, description: str, done: int = 0
     ) -> contextlib.AbstractContextManager[Callable[..., None]]:
@@ -61,11 +69,16 @@ class Prints:
         """The newest checkpoint that is whole."""
         return latest_checkpoint(self.checkpoints, self.say)
 
+    stopping = 0  # a script deals with signals itself
+
     def begin(self) -> None:
         """Keep other processes from writing checkpoints there too, where there will be any."""
         if self.keeps and self.accelerator.is_main_process:
             self.checkpoints.parent.mkdir(parents=True, exist_ok=True)
             hold(self.checkpoints.parent)
+
+    def stop(self, kept: Path) -> None:
+        """Never called."""
 
     def say(self, sentence: str) -> None:
         """Print on the main process."""

@@ -131,6 +131,7 @@ class PPOTrainer:
         self._begin()
         with self.recorder.progress(self.args.total_updates, "ppo", done=self.state.updates_done) as advance:
             while self.state.updates_done < self.args.total_updates:
+                self.stop_if_asked()
                 start = self.learner.clock()
                 rollout, metrics = self.sample(self.state.updates_done)
                 metrics = self.learn(rollout, metrics, start)
@@ -205,6 +206,7 @@ class PPOTrainer:
         self._account(metrics, learner.clock() - start)
         for callback in self.callbacks:
             callback(self, metrics)
+        self.stop_if_asked()
         self.evaluate_if_due()
         if self.args.save_steps and state.updates_done % self.args.save_steps == 0:
             self.save_state()
@@ -344,6 +346,12 @@ class PPOTrainer:
         """Write a checkpoint of everything that a run goes on from. Raises UserError while an update is half done."""
         self._check_whole()
         save_state(self.recorder.checkpoints, self.learner, self.state, self._identity())
+
+    def stop_if_asked(self) -> None:
+        """Where a signal asked any process to stop: keep the state and end, before an evaluation that may be due."""
+        if self.learner.reduce(torch.tensor(float(self.recorder.stopping), device=self.accelerator.device)):
+            self.save_state()
+            self.recorder.stop(self.recorder.checkpoints / f"step-{self.state.updates_done:08d}")
 
     def resume(self) -> int:
         """Go on from the newest checkpoint, if nothing is done yet; returns the number of updates done."""

@@ -7,10 +7,11 @@ import errno
 import io
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from safetensors import SafetensorError
 
 from pipeline.errors import NothingToDo, UserError
+from pipeline.runtime import signals
 from pipeline.runtime.command_line import ArgumentsT, parse
 
 console = Console(highlight=False)
@@ -27,23 +29,30 @@ DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errn
 UNSHOWN = {"learning_rate"}  # metrics.jsonl has it; it follows from the step
 
 
-def run(main: Callable[[ArgumentsT], None], kind: type[ArgumentsT]) -> None:
-    """Parse the arguments, call `main`, and turn a UserError or a full disk into one sentence and exit code 2."""
+def run(main: Callable[[ArgumentsT], None], kind: type[ArgumentsT], *, interactive: bool = False) -> None:
+    """Parse the arguments, call `main`, and turn what stops it into one sentence and an exit code.
+
+    2 for a UserError or a full disk; 130 for Ctrl-C and 143 for SIGTERM, after what runtime/signals.py says (an
+    `interactive` program deals with Ctrl-C itself).
+    """
     print_anything()
     _quiet_libraries()
-    try:
-        main(parse(kind))
-    except NothingToDo as said:
-        if os.environ.get("RANK", "0") == "0":
-            console.print(escape(str(said)), soft_wrap=True)
-    except UserError as error:
-        _exit(str(error))
-    except Exception as error:
-        if sentence := fault_of_the_disk(error):
-            _exit(sentence)
-        raise
-    except KeyboardInterrupt:
-        _exit("stopped; the same command goes on from the last checkpoint, if there is one", code=130)
+    with contextlib.nullcontext() if interactive else signals.watching(launched=_has_a_launcher()):
+        try:
+            main(parse(kind))
+        except NothingToDo as said:
+            if os.environ.get("RANK", "0") == "0":
+                console.print(escape(str(said)), soft_wrap=True)
+        except UserError as error:
+            _exit(f"error: {error}")
+        except KeyboardInterrupt as stop:
+            _stop(stop)
+        except Exception as error:
+            if signals.asked():  # another process left, or a library turned the interruption into an error of its own
+                _stop(signals.Stopped(signals.asked()), f" (on the way: {type(error).__name__}: {error})")
+            if sentence := fault_of_the_disk(error):
+                _exit(f"error: {sentence}")
+            raise
     leave()
 
 
@@ -68,6 +77,13 @@ def fault_of_the_disk(error: Exception) -> str | None:
     return None
 
 
+def _has_a_launcher() -> bool:
+    """Whether torchrun, accelerate or the like started this process, and should not be outlived."""
+    # The second is set by accelerate launch alone, also where it starts one process.
+    marks = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_USE_DYNAMIC")
+    return processes() > 1 or any(mark in os.environ for mark in marks)
+
+
 def processes() -> int:
     """How many processes a launcher started for this run; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -86,11 +102,20 @@ def leave() -> None:
         os._exit(0)
 
 
-def _exit(sentence: str, code: int = 2) -> None:
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
+def _exit(sentence: str, code: int = 2) -> NoReturn:
+    print(sentence, file=sys.stderr, flush=True)
     if processes() > 1:  # the others wait in a collective: leave without waiting for them
+        sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _stop(stop: KeyboardInterrupt, more: str = "") -> NoReturn:
+    """Leave as a signal asked for; of several processes, the main one says it."""
+    stopped = stop if isinstance(stop, signals.Stopped) else signals.Stopped(signal.SIGINT)
+    if int(os.environ.get("RANK", "0")) != 0:
+        os._exit(stopped.code)
+    _exit(f"{stopped}{more}", stopped.code)
 
 
 def _quiet_libraries() -> None:

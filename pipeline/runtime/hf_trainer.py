@@ -1,21 +1,26 @@
 """What the three Trainer-based stages (pretrain, sft, reward) share: arguments, callback, exact resume, saving."""
 
+import contextlib
 import dataclasses
 import os
+import shutil
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
-from accelerate import PartialState
+from accelerate.utils import send_to_device
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from pipeline.checkpoint import seal, step_of
 from pipeline.model.hardware import use_bf16
 from pipeline.model.optim import MuonFactory
+from pipeline.runtime import signals
 from pipeline.runtime.arguments import TrainingFields
+from pipeline.runtime.console import processes
 from pipeline.runtime.nan_guard import NanGuard
 from pipeline.runtime.record import Stage
 
@@ -23,6 +28,9 @@ try:
     import resource
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
+# What trainers add up between two lines of metrics: the loss and the step of the last line; TRL's figures and tokens;
+# the tokens and rewards of our own ones.
+SUMS = ("_tr_loss", "_globalstep_last_logged", "_metrics", "_total_train_tokens", "predicted", "logits")
 
 
 def training_kwargs(args: TrainingFields, stage: Stage) -> dict[str, Any]:
@@ -79,7 +87,7 @@ def why_not_compile() -> str | None:
 
 
 class StageCallback(TrainerCallback):
-    """Progress bar, metrics.jsonl, sealed checkpoints.
+    """Progress bar, metrics.jsonl, sealed checkpoints, and the end after a signal.
 
     `tokens_per_step` over all processes gives tokens_per_s, and with `peak_tokens_per_s`, the speed at which the model
     would use all of the machine, mfu. `translate` renames or adds to what the Trainer logs.
@@ -97,6 +105,9 @@ class StageCallback(TrainerCallback):
         self.speeds: list[float] = []
         self.last_evaluated = -1
         self.advance: Callable[..., None] = lambda n: None
+        self.trainer: Any = None  # the Trainer, once it trains
+        self.stopping = 0  # number of the signal after which no further step is taken
+        self.kept: Path | None = None  # the checkpoint that was saved for it
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -113,11 +124,34 @@ class StageCallback(TrainerCallback):
         self.began = self.clock = time.perf_counter()
         self.first_step = self.clock_step = state.global_step
         self.paused = 0.0
+        self.agree = agreement()
+        if self.stage.resume_from:
+            self._go_on(args, state, control, self.stage.resume_from)
+
+    def _go_on(self, args: Any, state: TrainerState, control: Any, checkpoint: Path) -> None:
+        """Put back what the Trainer forgets, so that the next lines are those of a run that was never stopped."""
+        state.compute_steps(args, state.max_steps)  # it takes the checkpoint's own save_steps and logging_steps
+        self.speeds = load_sums(self.trainer, checkpoint)
+        self.last_evaluated = max((int(row["step"]) for row in state.log_history if "eval_loss" in row), default=-1)
+        done = state.global_step >= state.max_steps
+        # A run that stopped after a step put its evaluation off.
+        due = done or state.global_step % state.eval_steps == 0
+        args.eval_on_start = due and self.last_evaluated != state.global_step
+        if done:
+            control.should_training_stop = True
+            self.trainer.get_batch_samples = lambda *_: ([], None)  # the Trainer would take one step more
+            self.trainer.model.eval()  # so that TRL logs nothing of training
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         self.advance(1)
+        self.stopping = self.agree(signals.asked())
+        if self.stopping:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # it may take long, and can be made up for
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
+        if self.kept:  # the Trainer's farewell
+            return
         skip = ("runtime", "per_second", "epoch", "total_flos", "train_loss", "entropy", "num_", "preparation")
         kept = {k: v for k, v in logs.items() if not any(s in k for s in skip)}
         row = self.translate({k.replace("mean_token_accuracy", "token_accuracy"): v for k, v in kept.items()})
@@ -148,9 +182,68 @@ class StageCallback(TrainerCallback):
         self.paused += metrics.get("eval_runtime", 0.0)
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        PartialState().wait_for_everyone()  # each process writes a file of its own
-        if self.stage.is_main:
-            seal(self.stage.checkpoints / f"checkpoint-{state.global_step}")
+        checkpoint = self.stage.checkpoints / f"checkpoint-{state.global_step}"
+        save_sums(self.trainer, checkpoint, self.speeds)
+        if self.stage.is_main:  # and the others have written all that is theirs
+            seal(checkpoint)
+        if self.stopping:
+            self.kept = checkpoint
+
+    def stop(self, number: int) -> NoReturn:
+        """Save the last step, if that was not done, and leave."""
+        state, stage = self.trainer.state, self.stage
+        done = step_of(stage.resume_from) if stage.resume_from else 0
+        with signals.deferred():
+            if self.kept is None and state.global_step > done and processes() == 1:
+                self.stopping = number
+                self.trainer._save_checkpoint(self.trainer.model_wrapped, None)
+                self.on_save(self.trainer.args, state, self.trainer.control)
+        raise signals.Stopped(number, self.kept)
+
+
+def save_sums(trainer: Any, checkpoint: Path, tokens_per_s: list[float]) -> None:
+    """Add this process's SUMS to a checkpoint, which the Trainer itself leaves out; returns when all processes have."""
+    sums = {name: getattr(trainer, name) for name in SUMS if hasattr(trainer, name)}
+    if "_metrics" in sums:
+        sums["_metrics"] = {mode: dict(figures) for mode, figures in sums["_metrics"].items()}
+    torch.save(sums | {"tokens_per_s": tokens_per_s}, sums_file(trainer, checkpoint))
+    trainer.accelerator.wait_for_everyone()
+
+
+def load_sums(trainer: Any, checkpoint: Path) -> list[float]:
+    """Put back what save_sums kept; returns its tokens_per_s."""
+    if not sums_file(trainer, checkpoint).exists():
+        return []
+    sums = torch.load(sums_file(trainer, checkpoint), map_location="cpu", weights_only=True)
+    for mode, figures in sums.pop("_metrics", {}).items():
+        trainer._metrics[mode].update(figures)
+    speeds = sums.pop("tokens_per_s")
+    for name, value in sums.items():
+        setattr(trainer, name, send_to_device(value, trainer.args.device))
+    return speeds
+
+
+def sums_file(trainer: Any, checkpoint: Path) -> Path:
+    """The file of this process."""
+    return checkpoint / f"sums_{trainer.args.process_index}.pt"
+
+
+def agreement() -> Callable[[int], int]:
+    """A function that gives each process the highest of all processes' numbers; it makes them wait for each other.
+
+    On the CPU, as looking at a number of a GPU would make the CPU wait for all that the GPU has still to do.
+    """
+    if processes() == 1:
+        return lambda number: number
+    gloo = torch.distributed.get_backend() == "gloo"
+    group = None if gloo else torch.distributed.new_group(backend="gloo")
+
+    def highest(number: int) -> int:
+        numbers = torch.tensor(number)
+        torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX, group)
+        return int(numbers)
+
+    return highest
 
 
 def peak_memory_mb() -> int:
@@ -164,15 +257,50 @@ def peak_memory_mb() -> int:
 
 
 def train(trainer: Trainer, callback: StageCallback) -> None:
-    """Train to the end, from the stage's checkpoint where there is one. Raises UserError at the first NaN."""
-    stage = callback.stage
+    """Train to the end, from the stage's checkpoint where there is one.
+
+    Raises UserError at the first NaN, and after a signal Stopped, when the last step is saved.
+    """
+    stage, callback.trainer = callback.stage, trainer
     trainer.remove_callback(PrinterCallback)  # ours shows what it would print
     trainer.add_callback(callback)
     trainer.add_callback(NanGuard(trainer, stage))
+    let_evaluations_be_stopped(trainer)
     stage.begin()
     done = step_of(stage.resume_from) if stage.resume_from else 0
-    with stage.progress(trainer.args.max_steps, stage.name, done) as callback.advance:
-        trainer.train(resume_from_checkpoint=str(stage.resume_from) if stage.resume_from else None)
+    if stage.is_main:
+        remove_damaged(stage.checkpoints, done)
+    with stage.progress(trainer.args.max_steps, stage.name, done) as callback.advance, signals.deferred():
+        try:
+            trainer.train(resume_from_checkpoint=str(stage.resume_from) if stage.resume_from else None)
+        except signals.Stopped as stopped:
+            callback.stop(stopped.number)
+        if callback.stopping:
+            callback.stop(callback.stopping)
+
+
+def let_evaluations_be_stopped(trainer: Any) -> None:
+    """Let a signal break off an evaluation, and let it draw no random number of the training's.
+
+    So the evaluation can be made up for when the run goes on. Several processes finish it: one alone cannot leave it.
+    """
+    evaluation_loop = trainer.evaluation_loop
+
+    def stoppable(*args: Any, **kwargs: Any) -> Any:
+        with torch.random.fork_rng(devices=[]), signals.at_once() if processes() == 1 else contextlib.nullcontext():
+            return evaluation_loop(*args, **kwargs)
+
+    trainer.evaluation_loop = stoppable
+
+
+def remove_damaged(checkpoints: Path, done: int) -> None:
+    """Remove checkpoints of later steps than the run goes on from: they were passed over, and will be written again.
+
+    The Trainer would count them when it makes room, and remove a whole one for them.
+    """
+    for checkpoint in checkpoints.glob("checkpoint-*"):
+        if checkpoint.name.rsplit("-", 1)[1].isdigit() and step_of(checkpoint) > done:
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def save_model(trainer: Trainer, stage: Stage) -> None:

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -30,6 +31,7 @@ from pipeline.checkpoint import METRICS, write_json
 from pipeline.errors import NothingToDo, UserError
 from pipeline.lock import hold, release
 from pipeline.model.hardware import keep_freed_memory, use_bf16
+from pipeline.runtime import signals
 from pipeline.runtime.arguments import StageArguments
 from pipeline.runtime.console import console, line_of, processes, progress_bar
 from pipeline.runtime.inputs import RECORD, code_of, fingerprint, outputs_of
@@ -128,6 +130,17 @@ class Stage:
     @property
     def _bf16(self) -> bool:
         return use_bf16(getattr(self.args, "mixed_precision", "no"))
+
+    # --- the end before its time ----------------------------------------------------------------------------------
+
+    @property
+    def stopping(self) -> int:
+        """Number of the signal that asked this process to stop; 0 if none did."""
+        return signals.asked()
+
+    def stop(self, kept: Path) -> NoReturn:
+        """Raise Stopped: the run's state is in `kept`. A process without a signal of its own follows the others."""
+        raise signals.Stopped(self.stopping or signal.SIGTERM, kept)
 
     # --- what is shown and kept -----------------------------------------------------------------------------------
 
