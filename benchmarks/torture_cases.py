@@ -1,10 +1,12 @@
 """What `make torture` runs: the stages made small, and the configurations under which they are killed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.chain import CHAIN
+from reward_data.formats import text_of
 
 LAUNCHER = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu-2.yaml"]
 LAUNCHER += ["--main_process_port", "0"]  # any that is free
@@ -19,7 +21,8 @@ SMALL = {
     "--max_steps 30 --per_device_train_batch_size 4 --warmup_steps 4 --logging_steps 5 --eval_steps 10 --save_steps 10",
     "sft": "--dataset_size 96 --validation_size 8 --max_length 256 --max_steps 18 --per_device_train_batch_size 4 "
     "--warmup_steps 2 --logging_steps 3 --eval_steps 6 --save_steps 6",
-    "preferences": "--dataset_size 16 --test_size 8 --num_generations 4 --max_new_tokens 24 --batch_size 16",
+    "preferences": "--dataset_size 16 --test_size 8 --num_generations 4 --max_new_tokens 24 --batch_size 16 "
+    "--labeller benchmarks.torture_cases:spaces --min_score_gap 0",
     "reward": "--max_length 256 --max_steps 18 --per_device_train_batch_size 4 --warmup_steps 2 --logging_steps 3 "
     "--eval_steps 6 --save_steps 6 --center_samples 16",
     "ppo": "--dataset_size 24 --eval_size 4 --total_episodes 48 --batch_size 8 --num_mini_batches 2 --response_length "
@@ -27,6 +30,11 @@ SMALL = {
     "evaluate": "--num_prompts 8 --best_of 4 --max_new_tokens 16 --batch_size 8 --eval_batch_size 8",
     "report": "",
 }
+
+
+def spaces(prompts: Sequence, completions: Sequence, **columns: Sequence) -> list[float]:
+    """A labeller for models that have learnt next to nothing: the share of spaces, as the judge gives them all 0."""
+    return [text_of(completion).count(" ") / (1 + len(text_of(completion))) for completion in completions]
 
 
 class Configuration(NamedTuple):
