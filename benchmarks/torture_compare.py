@@ -21,15 +21,16 @@ def compare(expected: Path, found: Path) -> tuple[int, list[str]]:
         {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name not in IGNORED}
         for folder in (expected, found)
     )
-    said = [f"{name} is missing" for name in sorted(names - there)]
-    said += [f"{name} is left over" for name in sorted(there - names)]
-    for name in sorted(names & there):
+    said = []
+    for name in sorted(names & there, key=lambda name: (name.count("/"), name)):  # what tells most comes first
         if (expected / name).read_bytes() != (found / name).read_bytes():
             try:
                 where = difference(content_of(expected / name), content_of(found / name))
             except (ValueError, RuntimeError) as error:
                 where = f" cannot be read ({error})"
             said += [f"{name}{where}"] if where else []
+    said += [f"{name} is missing" for name in sorted(names - there)]
+    said += [f"{name} is left over" for name in sorted(there - names)]
     return len(names), said
 
 

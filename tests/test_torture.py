@@ -54,11 +54,11 @@ def test_a_file_that_is_missing_left_over_cut_or_damaged_is_seen(tmp_path: Path)
     assert compare(expected, found) == (
         5,
         [
-            "stage.json is missing",
-            "best.partial/config.json is left over",
-            "checkpoints/step-00000002/manifest.json 2: None became 'state.pt is damaged'",
             "metrics.jsonl: 2 entries became 1",
             "weights.safetensors: other bytes",
+            "checkpoints/step-00000002/manifest.json 2: None became 'state.pt is damaged'",
+            "stage.json is missing",
+            "best.partial/config.json is left over",
         ],
     )
 
