@@ -80,8 +80,10 @@ CONFIGURATIONS = {
     ),
     "adamw": Configuration(every(TRAINER, "--optimizer adamw --lr_scheduler_type constant_with_warmup")),
     "muon": Configuration({"sft": "--optimizer muon --lr_scheduler_type constant"}),
-    "gae": Configuration({"ppo": "--advantage_estimator gae --num_generations 1 --critic_warmup_updates 1"}),
-    "rloo": Configuration({"ppo": "--num_generations 2 --lr_scheduler_type constant --whiten_rewards True"}),
+    "gae": Configuration(
+        {"ppo": "--advantage_estimator gae --num_generations 1 --critic_warmup_updates 1 --whiten_rewards True"}
+    ),
+    "rloo": Configuration({"ppo": "--num_generations 2 --lr_scheduler_type constant --ptx_coef 0 --ptx_dataset none"}),
     "share-trunk": Configuration({"ppo": "--advantage_estimator gae --num_generations 1 --share_trunk True"}),
     "lora": Configuration({"ppo": "--use_peft True --lora_r 2 --lr_scheduler_type constant"}),
     "lora-gae": Configuration({"ppo": "--use_peft True --lora_r 2 --advantage_estimator gae --num_generations 1"}),

@@ -8,7 +8,7 @@ from pipeline.checkpoint import MANIFEST, fault_of
 
 # What is measured with a clock, or tells how fast a machine was; in no file is anything else left out.
 TIMES = {"time", "started", "seconds", "seconds_left", "tokens_per_s", "episodes_per_s", "mfu", "memory_mb"}
-TIMES |= {f"time/{part}" for part in ("sample", "score", "logprobs", "reference", "values", "update")}
+TIMES |= {f"time/{part}" for part in ("sample", "score", "logprobs", "reference", "critic", "update")}
 TIMES |= {f"{what}_runtime" for what in ("eval", "train")}
 TIMES |= {f"{what}_{unit}_per_second" for what in ("eval", "train") for unit in ("samples", "steps", "tokens")}
 # A lock, empty or with a process's number; and the Trainer's pickle of its settings, which stage.json has.
