@@ -57,10 +57,13 @@ class Stop(NamedTuple):
 class Ended(NamedTuple):
     """What became of one start."""
 
-    code: int
+    code: int | None
+    """As Python has it: −9 for SIGKILL. 124 where the command was stopped as it took too long."""
     seconds: float
     growth: int
+    """Changes in the folder that were seen."""
     calls: int
+    """File operations of Python's."""
 
 
 def run(case: Case, stop: Stop | None = None, limit: float = 900) -> Ended:
@@ -69,6 +72,7 @@ def run(case: Case, stop: Stop | None = None, limit: float = 900) -> Ended:
     child = FORK.Process(target=become, args=(case, stop, calls), daemon=True)
     begin = time.monotonic()
     child.start()
+    assert child.pid is not None
     while child.is_alive():
         if (stop is None or stop.kind == "growth") and (now := sizes(case.output)) != seen:
             seen, growth = now, growth + 1
@@ -78,7 +82,7 @@ def run(case: Case, stop: Stop | None = None, limit: float = 900) -> Ended:
             child.join()
         time.sleep(0.001)
     seconds = time.monotonic() - begin
-    return Ended(1 if seconds > limit else child.exitcode, seconds, growth, calls.value)
+    return Ended(124 if seconds > limit else child.exitcode, seconds, growth, calls.value)
 
 
 def become(case: Case, stop: Stop | None, calls: Any) -> None:
@@ -227,6 +231,7 @@ def describe(stop: Stop) -> str:
 def keep(case: Case, number: int) -> None:
     """Put a folder that differs aside, with the log of its last start."""
     aside = case.run_dir.parent / "different" / f"{case.name}-{case.stage}-{number}"
+    case.output.mkdir(exist_ok=True)  # gone, if that is the fault
     shutil.copytree(case.output, aside, dirs_exist_ok=True)
     shutil.copy(log_of(case), aside / "torture.log")
 
@@ -248,11 +253,13 @@ def row(cells: tuple[Any, ...]) -> str:
     return f"| {' | '.join(padded)} |"
 
 
-def warm_up() -> None:
+def warm_up(spawn: bool) -> None:
     """Import all that the stages need. A fork has none of its parent's threads, so there must be none."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pyarrow's allocator has a thread otherwise
     os.chdir(ROOT)
+    if spawn:
+        return
     for stage in NEEDS:
         importlib.import_module(f"stages.{stage}")
     importlib.import_module("torch").set_num_threads(1)
@@ -299,12 +306,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--spawn", action="store_true", help="a new interpreter at each start instead of a fork")
     parser.add_argument("--list", action="store_true", help="print the cases with their settings and end")
     options = parser.parse_args(argv)
-    work = options.work or Path(tempfile.mkdtemp(prefix="torture-"))
-    chosen = list(cases(options, work.resolve()))
     if options.list:
-        print("\n".join(f"{case.name} {case.stage}: {' '.join(case.words)}" for case in chosen))
+        for case in cases(options, Path("runs")):
+            print(f"{case.name} {case.stage}: {' '.join(case.words)}")
         return 0
-    warm_up()
+    work = (options.work or Path(tempfile.mkdtemp(prefix="torture-"))).resolve()
+    chosen = list(cases(options, work))
+    warm_up(options.spawn)
     prepare(work)
     done = torture_all(chosen, options.kills, options.seed)
     print("\n" + row(("configuration", "stage", "kills", "runs", "restarts", "files", "what differs")))

@@ -57,7 +57,7 @@ def difference(a: Any, b: Any, where: str = "") -> str | None:
         a, b = ({key: value for key, value in each.items() if key not in TIMES} for each in (a, b))
         if list(a) != list(b):
             return f"{where}: other fields: {', '.join(map(str, a.keys() ^ b.keys())) or 'their order'}"
-        parts = [(key, a[key], b[key]) for key in a]
+        parts: list[tuple[Any, Any, Any]] = [(key, a[key], b[key]) for key in a]
     elif isinstance(a, list | tuple) and isinstance(b, list | tuple):
         if len(a) != len(b):
             return f"{where}: {len(a)} entries became {len(b)}"
@@ -69,4 +69,4 @@ def difference(a: Any, b: Any, where: str = "") -> str | None:
         return None if a == b else ": other bytes"
     else:
         return None if repr(a) == repr(b) else f"{where}: {a!r:.60} became {b!r:.60}"
-    return next((found for key, *pair in parts if (found := difference(*pair, f"{where} {key}"))), None)
+    return next((found for key, x, y in parts if (found := difference(x, y, f"{where} {key}"))), None)
