@@ -210,9 +210,9 @@ def one_run(case: Case, stops: list[Stop], outcome: Outcome, limit: float) -> li
 
 
 def last_words(case: Case, ended: Ended) -> str:
-    """How a command that failed ended."""
-    lines = log_of(case).read_text().strip().splitlines()
-    return f"exit code {ended.code}: {lines[-1] if lines else ''}"
+    """How a command that failed ended: its last line that speaks of an error; a launcher's own lines come after it."""
+    lines = log_of(case).read_text().strip().splitlines() or [""]
+    return f"exit code {ended.code}: {next((line for line in reversed(lines) if 'rror: ' in line), lines[-1])}"
 
 
 def draw_stop(draw: random.Random, whole: Ended, again: bool) -> Stop:
