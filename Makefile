@@ -62,7 +62,7 @@ endif
 
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
-.PHONY: all $(CHAIN) chat show setup smoke test test-fast coverage golden lint bench bench-train bench-sample bench-ppo bench-shakespeare course ablation-ppo figures check clean help
+.PHONY: all $(CHAIN) chat show setup smoke test test-fast coverage golden lint bench bench-train bench-sample bench-ppo bench-shakespeare course ablation-ppo figures check torture clean help
 
 all: $(lastword $(STAGES)) ## the whole chain, then a table, samples and the report (default)
 	@$(if $(filter report,$(STAGES)),,echo "PRESET=$(PRESET) ends here: it is pretraining only. `make chat PRESET=$(PRESET)` writes on from your words")
@@ -174,6 +174,8 @@ figures: | $(READY) ## the README's table and picture, from the files of finishe
 	@python -m benchmarks.figures --runs $(RUNS) $(ARGS)
 check: | $(READY) ## whether a finished run reaches the figures that its preset expects
 	@python -m benchmarks.check --runs $(RUN) $(ARGS)
+torture: | $(READY) ## kill every stage again and again and compare every file with a run that nobody killed (half an hour; ARGS="--kills 40")
+	@python -m benchmarks.torture $(ARGS)
 
 clean: ## remove the run of this PRESET and SEED (never the others)
 	@test ! -e '$(RUN)' || test -n '$(wildcard $(RUN)/.settings $(RUN)/*/stage.json $(RUN)/*/checkpoints)' || { echo 'error: $(RUN) is no folder of a run; nothing is removed' >&2; exit 2; }
