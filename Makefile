@@ -65,7 +65,7 @@ endif
 .PHONY: all $(CHAIN) chat show setup smoke test test-fast coverage golden lint bench bench-train bench-sample bench-ppo bench-shakespeare course ablation-ppo figures check torture clean help
 
 all: $(lastword $(STAGES)) ## the whole chain, then a table, samples and the report (default)
-	@$(if $(filter report,$(STAGES)),,echo "PRESET=$(PRESET) ends here: it is pretraining only. `make chat PRESET=$(PRESET)` writes on from your words")
+	@$(if $(filter report,$(STAGES)),,echo "PRESET=$(PRESET) ends here: it is pretraining only. \`make chat PRESET=$(PRESET)\` writes on from your words")
 
 $(filter-out $(STAGES),$(CHAIN)):
 	@echo "error: PRESET=$(PRESET) has no stage $@; it ends with $(lastword $(STAGES))" >&2; exit 2
