@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import sys
 from collections import Counter
 
 import pytest
@@ -112,3 +113,29 @@ def test_a_labeller_is_called_as_a_reward_is_and_checked(tmp_path, monkeypatch, 
     main(args)
     made = [json.loads(line) for line in (tmp_path / "preferences/train.jsonl").read_text().splitlines()]
     assert made and all(row["chosen_score"] > row["rejected_score"] or row["flipped"] for row in made)
+
+
+def test_prompts_without_room_are_known_before_the_first_answer(tmp_path, monkeypatch, capsys):
+    """Wherever in the file they stand; dropped and counted, or refused by file and row."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "labels_calls.py").write_text(
+        "asked = []\n\ndef calls(prompts, completions, **columns):\n    asked.extend(prompts)\n"
+        "    return [float(len(c[0]['content'])) for c in completions]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for part in (policy(), tokenizer()):
+        part.save_pretrained("model")
+    texts = ["t6 " * (45 if i % 20 == 19 else 1 + i % 20) + f"t{6 + i // 20}" for i in range(60)]
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in texts]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"run_dir": str(tmp_path), "model_name_or_path": "model", "dataset": "rows.jsonl", "max_new_tokens": 6}
+    given |= {"labeller": "labels_calls:calls", "batch_size": 8, "mixed_precision": "no"}
+    with pytest.raises(
+        UserError, match=r"rows\.jsonl, .*: a prompt of 49 tokens and max_new_tokens 6 do not fit the 48"
+    ):
+        main(resolve(PreferencesArguments(**given, overlong="refuse")))
+    asked = sys.modules["labels_calls"].asked
+    assert asked == []
+    main(resolve(PreferencesArguments(**given)))
+    assert asked and all(len(prompt[0]["content"]) < 100 for prompt in asked)
+    assert "dropped: with max_new_tokens 6 they do not fit the 48 tokens that the policy" in capsys.readouterr().out

@@ -4,10 +4,11 @@ its end."""
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoTokenizer, GenerationConfig, GPT2Config, PreTrainedTokenizerFast, Qwen3Config
 
 from pipeline.errors import UserError
 from pipeline.runtime.arguments import TokenizerArguments
@@ -21,6 +22,7 @@ from pipeline.text.tokenizer import (
     oddities,
     prompt_ids,
     scored_ids,
+    stop_ids,
     train_tokenizer,
     turn_end,
 )
@@ -201,6 +203,18 @@ def test_what_a_tokenizer_makes_of_texts_unseen_is_said() -> None:
         "2 tokens in 1 of 3 rows are <unk> (first: line 3): the tokenizer has no entry for what stood there",
     ]
     assert oddities(tokenizer, texts[:1], ids[:1], places[:1], "rows") == []
+
+
+def test_a_list_of_ends_is_never_narrowed(tokenizer: PreTrainedTokenizerFast) -> None:
+    """What the model names stays; the token that ends a turn in the template comes first where it is not there."""
+    for named, chat, text in (
+        ([1, 9], [5, 1, 9], [1, 9]),
+        ([9, 5], [9, 5], [9, 5]),
+        (7, [5, 7], [7]),
+        (None, [5, 1], [1]),
+    ):
+        model = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=named))
+        assert stop_ids(model, tokenizer) == chat and stop_ids(model, tokenizer, chat=False) == text
 
 
 def test_the_place_of_a_character_without_an_entry_is_named(letters: PreTrainedTokenizerFast) -> None:
