@@ -23,6 +23,7 @@ import importlib
 import multiprocessing
 import os
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -210,9 +211,10 @@ def one_run(case: Case, stops: list[Stop], outcome: Outcome, limit: float) -> li
 
 
 def last_words(case: Case, ended: Ended) -> str:
-    """How a command that failed ended: its last line that speaks of an error; a launcher's own lines come after it."""
+    """How a command that failed ended: its last line that names an error, but for the launcher's own."""
     lines = log_of(case).read_text().strip().splitlines() or [""]
-    return f"exit code {ended.code}: {next((line for line in reversed(lines) if 'rror: ' in line), lines[-1])}"
+    errors = [line for line in lines if re.match(r"(\[rank\d+\]: *)?(error|\w+Error): ", line)]
+    return f"exit code {ended.code}: {(errors or lines)[-1]}"
 
 
 def draw_stop(draw: random.Random, whole: Ended, again: bool) -> Stop:
