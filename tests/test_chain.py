@@ -155,6 +155,7 @@ def test_make_runs_again_only_what_changed(smoke: Path) -> None:
         return [line.split("stages.")[1].split()[0] for line in lines]
 
     assert stages_to_run("all") == []
+    assert stages_to_run("sft", "ARGS=--fresh True") == ["sft"] and stages_to_run("sft") == []
     pairs = smoke / "reward" / "stage.json"
     os.utime(smoke / "preferences" / "stage.json")  # as if the pairs had been made anew
     assert stages_to_run("all") == ["reward", "ppo", "evaluate", "report"]
@@ -163,6 +164,13 @@ def test_make_runs_again_only_what_changed(smoke: Path) -> None:
         time.sleep(0.02)
         os.utime(smoke / stage / "stage.json")
     assert pairs.exists() and stages_to_run("all") == []
+    # What is run again though nothing in it changed says so, leaves its folder, and is newer than what it was made of.
+    os.utime(smoke / "sft" / "stage.json")
+    done = make("preferences", "PRESET=smoke", run)
+    assert done.returncode == 0 and "preferences is finished already with these settings" in done.stdout, done.stderr
+    assert stages_to_run("preferences") == [] and not list(smoke.glob("*.old-*"))
+    for stage in STAGES[4:]:
+        os.utime(smoke / stage / "stage.json")
 
 
 def test_named_arguments_rerun_the_named_stage_only(smoke: Path) -> None:

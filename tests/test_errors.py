@@ -85,7 +85,7 @@ def test_stage_before_the_one_it_needs(fails, tmp_path: Path) -> None:
 
 def test_tokenizer_that_does_not_fit(fails, smoke: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    shutil.copytree(smoke / "pretrain", other)
+    shutil.copytree(smoke / "pretrain", other, ignore=shutil.ignore_patterns("stage.json", "checkpoints"))
     train_tokenizer(["a b c " * 50, "".join(map(chr, range(32, 2000)))] * 3, 1500).save_pretrained(other)
     sentence = fails("sft", "--model_name_or_path", str(other))
     assert "tokenizer has" in sentence and "1024 embeddings" in sentence
@@ -123,3 +123,30 @@ def test_disk_that_fills_while_running(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert leaving.value.code == 2
     expected = "error: No space left on device: runs/x/model.safetensors; nothing more was written\n"
     assert capsys.readouterr().err == expected
+
+
+def test_a_stage_writes_over_no_input_and_no_other_stage(fails, smoke: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in smoke.rglob("*")}
+    sentence = fails("sft", "--output_dir", str(smoke / "pretrain"))
+    assert "is its own input (model" in sentence and "choose another one" in sentence
+    assert "is the folder of the stage ppo" in fails("reward", "--output_dir", str(smoke / "ppo"), "--fresh", "True")
+    assert "holds its own input (tokenizer" in fails("pretrain", "--output_dir", str(smoke))
+    assert {path: path.stat().st_mtime_ns for path in smoke.rglob("*")} == before
+
+
+def test_an_input_that_was_changed_is_named(fails, smoke: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(smoke, run)
+    config = json.loads((run / "reward/config.json").read_text())
+    del config["reward_mean"], config["reward_std"]
+    (run / "reward/config.json").write_text(json.dumps(config))
+    sentence = fails("ppo", "--reward", str(run / "reward"), "--critic_name_or_path", str(run / "reward"))
+    assert "reward/config.json is not as stages.reward left it" in sentence
+    with (run / "sft/model.safetensors").open("r+b") as stream:
+        stream.seek(5000)
+        byte = stream.read(1)
+        stream.seek(5000)
+        stream.write(bytes([byte[0] ^ 1]))
+    assert "sft/model.safetensors is not as stages.sft left it" in fails(
+        "ppo", "--model_name_or_path", str(run / "sft")
+    )

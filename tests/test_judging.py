@@ -303,8 +303,8 @@ def test_stage_records_and_repeats_itself(run: Path) -> None:
     scores = (run / "evaluate/scores.json").read_text()
     assert set(record["metrics"]) == {"policies", "win_rate"}
     assert {"pretrain", "sft", "ppo", "reward"} <= set(record["inputs"])
-    stage.main(arguments(run))
-    assert (run / "evaluate/scores.json").read_text() == scores
+    stage.main(arguments(run, fresh=True))
+    assert (run / "evaluate/scores.json").read_text() == scores == (run / "evaluate.old-1/scores.json").read_text()
 
 
 def test_stage_without_a_gold_judge(run: Path, tmp_path: Path) -> None:
