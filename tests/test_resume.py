@@ -246,6 +246,14 @@ def test_what_is_in_nobodys_way_stays(tmp_path: Path) -> None:
     assert outputs == {}, "neither logs nor records nor hidden files are what a stage leaves"
 
 
+def test_a_stage_killed_at_its_first_file_begins_again(tmp_path: Path) -> None:
+    """Between opening identity.json.partial and renaming it, nothing else says whose folder it is."""
+    (tmp_path / "sft" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "sft" / "checkpoints" / "identity.json.partial").write_text('{"stage"')
+    Stage(arguments(tmp_path), "sft", {}).finish({})
+    assert not list((tmp_path / "sft").rglob("*.partial"))
+
+
 def test_files_in_the_way_of_folders(tmp_path: Path) -> None:
     (tmp_path / "sft").write_text("mine")
     with pytest.raises(UserError, match="sft is a file where a folder is needed"):

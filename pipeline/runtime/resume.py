@@ -115,10 +115,12 @@ def check_place(stage: str, output_dir: Path, inputs: Mapping[str, str]) -> None
 
 
 def _strange(folder: Path) -> str | None:
-    """The first thing in a folder that a stage's files would be mixed with; logs and hidden files are in no way."""
+    """The first thing in a folder that a stage's files would be mixed with; logs and hidden files are in no way, nor is
+    what is left of a stage that was killed while it wrote its first file."""
     for path in sorted(folder.iterdir()):
         harmless = path.name.startswith(".") or path.suffix in {*LOGS, ".md"}
-        if not harmless and not (path.is_dir() and not any(path.iterdir())):
+        empty = path.is_dir() and all(inside.name.endswith(PARTIAL) for inside in path.iterdir())
+        if not harmless and not empty:
             return path.name
     return None
 
