@@ -221,7 +221,8 @@ def test_a_reward_that_cannot_be_called_is_refused_before_any_work(tmp_path, fun
         {"rows": TEXTS, "eval_rows": ROWS, "rewards": function} if "answer" not in sentence else {"rewards": function},
     ):
         with pytest.raises(UserError, match=sentence):
-            trainer(tmp_path, **{"rows": ROWS} | changes)
+            trainer(tmp_path, **{"rows": ROWS} | changes).train()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,6 @@ class PPOTrainer:
         if warning:
             self.recorder.say(f"warning: {warning}")
         self.rewards = combined(rewards)
-        check_takes(self.rewards, self.prompts.columns)
         sampler = OwnSampler() if sampler is None else sampler
         check_sampler(sampler, compares=eval_dataset is not None and is_lora(policy) and reference in (None, policy))
         self.answerer = Answerer(sampler, processing_class, end_tokens, args, accelerator)
@@ -127,6 +126,7 @@ class PPOTrainer:
 
     def train(self) -> dict[str, float]:
         """Run the updates that are left, from the newest checkpoint if there is one; returns the final metrics."""
+        self._check_rewards()
         self.resume()
         self._begin()
         with self.recorder.progress(self.args.total_updates, "ppo", done=self.state.updates_done) as advance:
@@ -397,13 +397,16 @@ class PPOTrainer:
             raise UserError("eval_steps is set but eval_dataset is missing; give held-out prompts, or set it to 0")
         if self.args.best_metric == "gold" and self.args.eval_steps and gold is None:
             raise UserError("best_metric is gold but there is no gold judge; give one, or choose another figure")
-        if rows is None:
-            return None
-        prompts = self._prompts(rows, "eval_dataset")
-        check_takes(self.rewards, prompts.columns)
-        if gold is not None:
-            check_takes(gold, prompts.columns, "gold")
-        return prompts
+        return None if rows is None else self._prompts(rows, "eval_dataset")
+
+    def _check_rewards(self) -> None:
+        """Refuse rewards that cannot be called with the columns that there are; not where `step` is given scores."""
+        check_takes(self.rewards, self.prompts.columns)
+        if self.evaluator is not None:
+            columns = self.evaluator.prompts.columns
+            check_takes(self.rewards, columns)
+            if self.evaluator.gold is not None:
+                check_takes(self.evaluator.gold, columns, "gold")
 
     def _pretraining_text(self, rows: Any) -> PretrainingText:
         longest = self.args.ptx_max_length if self.context is None else min(self.args.ptx_max_length, self.context - 1)
