@@ -29,6 +29,8 @@ from reward_data.formats import answer_to
 def main(args: PreferencesArguments) -> None:
     """Write train.jsonl and test.jsonl: pairs that people labelled, or the policy's answers labelled by a function."""
     human = args.labeller == "human"
+    if not human and args.num_generations < 2:
+        raise UserError("num_generations: of one answer to a prompt no pair can be made; set it to 2 or more")
     stage = Stage(args, "preferences", {"dataset": args.dataset, "model": None if human else args.model_name_or_path})
     if not stage.is_main:  # one process does it all: the pairs then do not depend on the number of processes
         return

@@ -16,7 +16,6 @@ from datasets import Dataset, DatasetDict
 from pipeline.bounds import check_bounds
 from pipeline.checkpoint import write_jsonl
 from pipeline.errors import UserError
-from pipeline.report.gather import read_run
 from pipeline.runtime.arguments import PreferencesArguments, RewardArguments, SFTArguments
 from pipeline.text import data
 from pipeline.text.sources import data_files, find_sources, say_once, split_of
@@ -779,15 +778,6 @@ def test_a_name_with_half_a_character_can_be_said(tmp_path: Path) -> None:
     assert any(note.endswith(r"not used: \ud83d") for note in data.load_instructions(file, split="train").notes)
     refused(r"the columns are prompt, completion, \\ud83d, but", data.load_preferences, file)
     refused(r"has no text column 'text', only prompt, completion, \\ud83d", data.load_texts, file)
-
-
-def test_the_report_reads_any_text_that_evaluate_wrote(tmp_path: Path) -> None:
-    folder = tmp_path / "evaluate"
-    folder.mkdir()
-    (folder / "stage.json").write_text('{"stage": "evaluate", "preset": "x", "seed": 0, "seconds": 1, "metrics": {}}')
-    (folder / "scores.json").write_text('{"policies": {}, "win_rate": {}}')
-    write_jsonl(folder / "samples.jsonl", [{"index": 0, "prompt": ODD, "policy": "sft", "completion": ODD}])
-    assert read_run(tmp_path).samples[0]["prompt"] == ODD
 
 
 # ---- 28: nothing is asked for ---------------------------------------------------------------------------------------

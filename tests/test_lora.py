@@ -59,7 +59,7 @@ def test_an_interrupted_run_with_lora_ends_with_the_same_weights(tmp_path):
 
 def test_a_checkpoint_of_another_lora_is_refused(tmp_path):
     train(tmp_path, "ours", lora=True, save_steps=1, total_episodes=8)
-    with pytest.raises(UserError, match=r"was written with lora \[4, 8, .*, now it is None"):
+    with pytest.raises(UserError, match=r"other settings: lora: \[4, 8, .*\] → none"):
         train(tmp_path, "ours", save_steps=1, total_episodes=8)
 
 

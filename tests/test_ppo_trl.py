@@ -54,7 +54,9 @@ def test_a_whole_update_gives_what_trl_logged(tmp_path):
     )
     rows = [{"prompt": "t3"}] * ROWS
     words = tokenizer(SHAPE["vocab_size"])
-    trainer = PPOTrainer(policy, lambda **_: [], args, rows, words, critic=critic, reference=reference)
+    trainer = PPOTrainer(
+        policy, lambda prompts, completions, **_: [], args, rows, words, critic=critic, reference=reference
+    )
     ids = THEIRS["rows"]
     assert len(ids) == ROWS and all(len(row) == PROMPT + RESPONSE for row in ids)
     found = trainer.step([row[:PROMPT] for row in ids], [row[PROMPT:] for row in ids], THEIRS["scores"])

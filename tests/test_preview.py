@@ -122,7 +122,7 @@ def test_a_run_opens_with_the_same_two_lines(run: Path, tmp_path: Path, capsys: 
     *_, used, lengths = shown(run, sft, SFTArguments, "answers", capsys, max_length=100).strip().splitlines()
     given = {"run_dir": str(run), "output_dir": str(tmp_path / "sft"), "dataset": str(run / "answers.jsonl")}
     sft.main(resolve(SFTArguments(**given, max_steps=1, max_length=100, mixed_precision="no")))
-    assert capsys.readouterr().out.startswith(f"sft  {used}\nsft  {lengths}\n")
+    assert f"\nsft  {used}\nsft  {lengths}\n" in capsys.readouterr().out
 
 
 def test_marks_lose_no_character_and_move_no_cursor() -> None:

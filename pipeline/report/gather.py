@@ -110,18 +110,26 @@ def read_run(folder: Path | str) -> Run:
 
 def _read(file: Path, shape: Shape) -> Any:
     """The content of a .json file, or the rows of a .jsonl file; each an object with at least the keys of `shape`."""
-    by_line = file.suffix == ".jsonl"
     try:
         text = file.read_text(encoding="utf-8")
-        # By newline alone: U+2028 and its like may stand within a text
-        read = [json.loads(line) for line in text.split("\n") if line.strip()] if by_line else json.loads(text)
     except FileNotFoundError:
         raise _unreadable(file, "is missing") from None
     except ValueError:
-        raise _unreadable(file, "has a line that is not JSON" if by_line else "is damaged") from None
-    for row in read if by_line else [read]:
-        _check_shape(file, row, shape)
-    return read
+        raise _unreadable(file, "is no text") from None
+    if file.suffix != ".jsonl":
+        return _parsed(file, text, shape, "is damaged")
+    # By newline alone: U+2028 and its like may stand within a text
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    return [_parsed(file, line, shape, f"has a line that is not JSON (line {number})") for number, line in lines]
+
+
+def _parsed(file: Path, text: str, shape: Shape, problem: str) -> Any:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        raise _unreadable(file, problem) from None
+    _check_shape(file, value, shape)
+    return value
 
 
 def _check_shape(file: Path, value: Any, shape: Shape) -> None:

@@ -82,6 +82,8 @@ def resolve(args: ArgumentsT) -> ArgumentsT:
 
 def _expanded(name: str, value: Any) -> Any:
     """A field's value with the home folder in place of `~` or `~user` at the beginning of a path, in a list of each."""
+    if "\0" in str(value):
+        raise UserError(f"{name}: {value!r} has a null character, which no path or text can have; take it out")
     if name in NO_PATHS:
         return value
     if isinstance(value, list):  # members of an ensemble stand in one entry, with commas between

@@ -26,6 +26,7 @@ console = Console(highlight=False)
 UNITS = {"grad_norm": "grad {:.3g}", "tokens_per_s": "{:,.0f} tok/s", "mfu": "{:.0%} of peak", "memory_mb": "{:,} MB"}
 # What a disk that is full, read-only, damaged or of others has for an answer.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTEMPTY}
+DISK |= {errno.ENAMETOOLONG, errno.ELOOP}  # paths that no disk can have
 UNSHOWN = {"learning_rate"}  # metrics.jsonl has it; it follows from the step
 
 

@@ -69,6 +69,8 @@ def fingerprint(stage: str, key: str, path: str, run_dir: str) -> dict[str, str]
         files = [place] if place.is_file() else content_of(place, deep=key == "dataset")
         sums = {file: _sha256_of(file) for file in files}
         if not files:
+            if key == "dataset":
+                find_sources(path)  # raises with what is there instead
             raise UserError(f"{stage}: {key} {path} is an empty folder")
         check_as_left(f"{stage}: {key} {path}", place, sums)
     except OSError as error:
