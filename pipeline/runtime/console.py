@@ -32,7 +32,7 @@ def run(main: Callable[[ArgumentsT], None], kind: type[ArgumentsT], *, interacti
     `interactive` program deals with Ctrl-C itself).
     """
     _quiet_libraries()
-    with contextlib.nullcontext() if interactive else signals.watching(launched=_has_a_launcher()):
+    with contextlib.nullcontext() if interactive else signals.watching(launched=has_a_launcher()):
         try:
             main(parse(kind))
         except UserError as error:
@@ -50,7 +50,7 @@ def run(main: Callable[[ArgumentsT], None], kind: type[ArgumentsT], *, interacti
     leave()
 
 
-def _has_a_launcher() -> bool:
+def has_a_launcher() -> bool:
     """Whether torchrun, accelerate or the like started this process, and should not be outlived."""
     # The second is set by accelerate launch alone, also where it starts one process.
     marks = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_USE_DYNAMIC")
