@@ -3,6 +3,8 @@
 import json
 import os
 import resource
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from tokenizers import Tokenizer, models
 from pipeline.checkpoint import save_checkpoint, write_json, write_jsonl
 from pipeline.errors import UserError
 from pipeline.model import hardware
-from pipeline.runtime import inputs
+from pipeline.runtime import console, inputs, signals
 from pipeline.runtime.arguments import SFTArguments
 from pipeline.runtime.command_line import resolve
 from pipeline.runtime.console import run as run_stage
@@ -165,3 +167,57 @@ def test_a_file_that_cannot_be_written_is_a_sentence_and_nothing_stays(
     said = capsys.readouterr().err
     assert leaving.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("how", ["at once", "saved", "an error on the way"])
+def test_a_signal_is_a_sentence_and_an_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, number: signal.Signals, code: int, how: str
+) -> None:
+    def main(_: SFTArguments) -> None:
+        if how == "at once":
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        with signals.deferred():
+            os.kill(os.getpid(), number)
+            if how == "saved":
+                raise signals.Stopped(signals.asked(), Path("run/checkpoints/checkpoint-7"))
+            raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr("sys.argv", ["sft"])
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as leaving:
+        run_stage(main, SFTArguments)
+    said = {
+        "at once": "the same command goes on from the last checkpoint, if there is one",
+        "saved": "saved run/checkpoints/checkpoint-7; the same command goes on from there",
+        "an error on the way": "the same command goes on from the last checkpoint, if there is one "
+        "(on the way: RuntimeError: Connection closed by peer)",
+    }[how]
+    assert leaving.value.code == code and capsys.readouterr().err == f"stopped by {number.name}; {said}\n"
+    assert signal.getsignal(number) == before, "and all is as it was"
+
+
+def test_an_interactive_program_has_its_own_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    def main(_: SFTArguments) -> None:
+        assert signal.getsignal(signal.SIGINT) == before
+
+    monkeypatch.setattr("sys.argv", ["chat"])
+    before = signal.getsignal(signal.SIGINT)
+    run_stage(main, SFTArguments, interactive=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "launched"),
+    [
+        ("TORCHELASTIC_RUN_ID", "none", True),
+        ("ACCELERATE_DYNAMO_USE_DYNAMIC", "False", True),
+        ("WORLD_SIZE", "2", True),
+        ("WORLD_SIZE", "1", False),
+    ],
+)
+def test_who_has_a_launcher(monkeypatch: pytest.MonkeyPatch, name: str, value: str, launched: bool) -> None:
+    for variable in ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_USE_DYNAMIC", "WORLD_SIZE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(name, value)
+    assert console.has_a_launcher() is launched

@@ -38,7 +38,7 @@ def run(main: Callable[[ArgumentsT], None], kind: type[ArgumentsT], *, interacti
     """
     print_anything()
     _quiet_libraries()
-    with contextlib.nullcontext() if interactive else signals.watching(launched=_has_a_launcher()):
+    with contextlib.nullcontext() if interactive else signals.watching(launched=has_a_launcher()):
         try:
             main(parse(kind))
         except NothingToDo as said:
@@ -78,7 +78,7 @@ def fault_of_the_disk(error: Exception) -> str | None:
     return None
 
 
-def _has_a_launcher() -> bool:
+def has_a_launcher() -> bool:
     """Whether torchrun, accelerate or the like started this process, and should not be outlived."""
     # The second is set by accelerate launch alone, also where it starts one process.
     marks = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_USE_DYNAMIC")

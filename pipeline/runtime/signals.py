@@ -66,7 +66,7 @@ class _Watch:
     def end(self) -> None:
         self.deferring = True  # nothing is raised any more
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         signal.set_wakeup_fd(self.descriptor_before)
         self.ended = True
         os.write(self.writer, b"\0")  # wakes the thread
