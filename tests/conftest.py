@@ -7,11 +7,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on the network
 # The models here are tiny: a second thread gains nothing, and on a busy machine it waits for the first at every step.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The same examples in every run, and no failure because a machine is busy. `--hypothesis-profile search` draws others.
+settings.register_profile(
+    "fixed",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile("search", settings.get_profile("fixed"), derandomize=False, max_examples=500)
+settings.load_profile("fixed")
 
 
 def make(*words: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
