@@ -83,7 +83,7 @@ def settings(tmp_path, **changes):
         "learning_rate": 1e-3,
         "save_steps": 0,
     }
-    if ESTIMATORS[changes.get("advantage_estimator", "gae")].needs_critic:
+    if getattr(ESTIMATORS.get(changes.get("advantage_estimator", "gae")), "needs_critic", False):
         values |= {"critic_learning_rate": 1e-3, "lam_value": 1.0}
     return PPOConfig(**values | changes)
 
@@ -116,14 +116,14 @@ def trainer(
 ):
     """A PPOTrainer of tiny parts that keeps its log in `trainer.rows`."""
     args = settings(tmp_path, **changes)
-    alone = args.share_trunk or not ESTIMATORS[args.advantage_estimator].needs_critic
+    alone = args.share_trunk or not getattr(ESTIMATORS.get(args.advantage_estimator), "needs_critic", True)
     actor, judge = models or (policy(), None if alone else critic())
     recorder = Rows(args)
     made = PPOTrainer(
         actor,
         rewards,
         args,
-        rows or prompts(),
+        prompts() if rows is None else rows,
         words or tokenizer(),
         critic=judge,
         reference=reference,

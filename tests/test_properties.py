@@ -678,7 +678,7 @@ def test_the_newest_checkpoints_are_kept_in_whatever_order_steps_come(steps, kee
     expected: list[int] = []
     with tempfile.TemporaryDirectory() as folder:
         for step in steps:
-            checkpoint.save_checkpoint(Path(folder), step, lambda path: None, keep=keep)
+            checkpoint.save_checkpoint(Path(folder), step, lambda path: (path / "a.bin").write_bytes(b""), keep=keep)
             expected = sorted({other for other in expected if other <= step} | {step})[-keep:]
             assert sorted(checkpoint.step_of(path) for path in Path(folder).iterdir()) == expected
             assert checkpoint.step_of(checkpoint.latest_checkpoint(Path(folder))) == step
