@@ -2,7 +2,9 @@
 
 import os
 import subprocess
+import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +41,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "smoke" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
+    if "mutmut.state" in sys.modules:  # `make mutants`: the shortest first, for mostly one of them finds the mutant
+        durations = sys.modules["mutmut.state"].state().duration_by_test
+        files = Counter[Path]()
+        for item in items:
+            files[item.path] += durations.get(item.nodeid, 0.0)
+        items.sort(key=lambda item: (files[item.path], durations.get(item.nodeid, 0.0)))
 
 
 @pytest.fixture(scope="session")
