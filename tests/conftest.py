@@ -2,16 +2,33 @@
 
 import os
 import subprocess
+import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, Phase, settings
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on the network
 # The models here are tiny: a second thread gains nothing, and on a busy machine it waits for the first at every step.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The same examples in every run, and no failure because a machine is busy. `--hypothesis-profile search` draws others.
+settings.register_profile(
+    "fixed",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile("search", settings.get_profile("fixed"), derandomize=False, max_examples=500)
+# For `make mutants`, which asks only whether a test fails: not for the simplest input on which it does.
+settings.register_profile("mutants", settings.get_profile("fixed"), phases=[Phase.explicit, Phase.generate])
+settings.load_profile("fixed")
 
 
 def make(*words: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
@@ -24,6 +41,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "smoke" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
+    if "mutmut.state" in sys.modules:  # `make mutants`: the shortest first, for mostly one of them finds the mutant
+        durations = sys.modules["mutmut.state"].state().duration_by_test
+        files = Counter[Path]()
+        for item in items:
+            files[item.path] += durations.get(item.nodeid, 0.0)
+        items.sort(key=lambda item: (files[item.path], durations.get(item.nodeid, 0.0)))
 
 
 @pytest.fixture(scope="session")

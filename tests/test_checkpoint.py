@@ -20,6 +20,49 @@ def test_the_newest_is_found_and_old_ones_go(tmp_path: Path) -> None:
     assert (latest_checkpoint(tmp_path) / "state.bin").read_text() == "10"
 
 
+def test_two_are_kept_where_nothing_else_is_said_and_folders_are_made(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    made = [save_checkpoint(folder, step, writer(str(step))) for step in (9, 10, 11)]
+    assert made[-1] == folder / "step-00000011" and sorted(folder.iterdir()) == made[1:]
+    assert save_checkpoint(folder, 11, writer("again")) == made[-1], "a step's checkpoint is written anew"
+    assert (made[-1] / "state.bin").read_text() == "again" and sorted(folder.iterdir()) == made[1:]
+
+
+def test_sums_are_sha256(tmp_path: Path) -> None:
+    (tmp_path / "abc").write_bytes(b"abc")
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
+    assert checkpoint.sha256_of(tmp_path / "abc") == expected
+
+
+def test_files_are_utf8_whatever_the_system_writes_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("io.text_encoding", lambda encoding, level=2: encoding or "latin-1")
+    write_json(tmp_path / "a.json", {"ü": ["漢"]})
+    assert (tmp_path / "a.json").read_bytes() == '{\n  "ü": [\n    "漢"\n  ]\n}\n'.encode()
+    write_jsonl(tmp_path / "b.jsonl", [{"ü": 1}, "漢"])
+    assert (tmp_path / "b.jsonl").read_bytes() == '{"ü": 1}\n"漢"\n'.encode()
+    assert fault_of(save_checkpoint(tmp_path, 1, lambda folder: (folder / "漢.bin").write_bytes(b"x"))) is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda folder: (folder / "manifest.json").unlink(), "it was cut off while it was written"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "its manifest is damaged"),
+        (lambda folder: (folder / "deep" / "part.bin").unlink(), "deep/part.bin is missing"),
+        (lambda folder: (folder / "deep" / "part.bin").write_text("other"), "deep/part.bin is damaged"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path: Path, damage, sentence: str) -> None:
+    def write(folder: Path) -> None:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "part.bin").write_text("part")
+
+    made, said = save_checkpoint(tmp_path, 3, write), []
+    damage(made)
+    assert fault_of(made) == sentence and latest_checkpoint(tmp_path, said.append) is None
+    assert said == [f"checkpoint {made} is not used: {sentence}"]
+
+
 def test_a_new_checkpoint_outlives_damaged_ones_of_later_steps(tmp_path: Path) -> None:
     """A run whose checkpoints are all damaged begins anew, and what it writes then must stay."""
     for step in (4, 5):

@@ -1,7 +1,10 @@
 """Packing loses no token: every one but the first is predicted once, whatever the block size."""
 
+import itertools
+
 import numpy as np
 import pytest
+import torch
 
 from pipeline.errors import UserError
 from pipeline.text import packing
@@ -75,7 +78,9 @@ def test_pack_refuses_what_cannot_be_predicted(tokenizer) -> None:
 
 
 def test_collate_fills_up_and_leaves_it_out_of_the_labels() -> None:
-    batch = packing.collate([{"input_ids": [7, 8, 9], "row": 4}, {"input_ids": [9, 6], "row": 5}])
+    rows = [{"input_ids": [7, 8, 9], "row": 4}, {"input_ids": np.array([9, 6], dtype=np.int32), "row": 5}]
+    batch = packing.collate(rows)
+    assert {part.dtype for part in batch.values()} == {torch.int64}
     assert batch["input_ids"].tolist() == [[7, 8, 9], [9, 6, 0]]
     assert batch["labels"].tolist() == [[7, 8, 9], [9, 6, -100]] and batch["row"].tolist() == [4, 5]
 
@@ -88,3 +93,19 @@ def test_streamed_rows_are_the_packed_rows(tokenizer, texts: list[str]) -> None:
         assert streamed == whole.rows.to_list()[: len(streamed)] and len(whole.rows) - len(streamed) <= 1
         assert stream.tokens == 15 * len(streamed)
         assert stream.bytes == sum(len(text.encode()) for text in texts)
+
+
+def test_a_stream_is_read_no_further_than_its_rows_need(tokenizer) -> None:
+    read = []
+
+    def endless():
+        for number in itertools.count():
+            assert number < 1000, "it is read on and on"
+            read.append(number)
+            yield "the cat sat"
+
+    stream = packing.StreamedRows(endless(), tokenizer, 8)
+    assert (stream.tokens, stream.bytes) == (0, 0), "nothing is read before the first row is wanted"
+    first = next(iter(stream))
+    assert len(read) <= 100
+    assert all(type(token) is int for token in first["input_ids"]), "as json and torch want them"

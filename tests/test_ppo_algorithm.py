@@ -33,6 +33,11 @@ def test_gae_with_discount_by_hand():
     close(found, [[1.5125, 1.75]])
 
 
+def test_gae_is_without_discount_and_with_lambda_095_where_nothing_else_is_said():
+    rewards, values, lengths = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.6]]), torch.tensor([2])
+    close(A.gae(rewards, values, lengths), [[0.1 + 0.95 * 0.4, 0.4]])
+
+
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_gae_lambda_one_is_monte_carlo_and_lambda_zero_is_td(gamma):
     torch.manual_seed(0)
@@ -125,6 +130,21 @@ def test_explained_variance_by_hand():
     close(A.explained_variance(torch.full((1, 4), 2.0), returns, mask), 0.0)
     close(A.explained_variance(torch.tensor([[1.5, 2.0, 2.5, 0.0]]), returns, mask), 0.75)  # half the error's spread
     close(A.explained_variance(returns, torch.ones(1, 4), mask), 0.0)
+    far = torch.tensor([[9999.9, 10000.0, 10000.1, 0.0]])  # a small spread around a large mean is no rounding
+    close(A.explained_variance(far, far, mask), 1.0)
+
+
+def test_what_is_made_beside_a_tensor_is_made_on_its_device():
+    """On meta, which computes nothing but refuses two devices in one operation: a GPU would."""
+    lengths, table = torch.tensor([2, 1], device="meta"), torch.zeros(2, 3, device="meta")
+    made = [
+        A.length_mask(lengths, 3),
+        A.response_positions(lengths, lengths, 3),
+        A.place_rewards(lengths.float(), table, lengths, 0.1),
+        A.gae(table, table, lengths),
+        A.value_loss(table, table, table, None)[1]["val/clipfrac_avg"],
+    ]
+    assert [tensor.device.type for tensor in made] == ["meta"] * 5
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What must change nothing: micro-batches, padding and its side, packing, one process or two."""
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from accelerate.state import AcceleratorState
 from ppo_tools import gradients_of, policy, prompts, rolled, trainer, weights
 
 from pipeline.ppo import algorithm as A
+from pipeline.ppo.learner import Learner
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +106,80 @@ def test_layout_of_the_rows_changes_neither_loss_nor_gradient(tmp_path, side):
 
 
 # --- two processes ----------------------------------------------------------------------------------------------------
+
+
+class TwoAlike:
+    """An accelerator of two processes that hold the same rows, so every sum over processes is twice its own.
+
+    `alone` is a list of the backward passes: whether each kept its gradient to itself, as all must but the last one
+    before a step.
+    """
+
+    num_processes, process_index = 2, 1
+
+    def __init__(self, accelerator):
+        self.accelerator, self.kept, self.alone = accelerator, False, []
+
+    def __getattr__(self, name):
+        return getattr(self.accelerator, name)
+
+    def reduce(self, tensor, reduction):
+        assert reduction == "sum"
+        return 2 * tensor
+
+    @contextlib.contextmanager
+    def no_sync(self, module):
+        assert isinstance(module, torch.nn.Module)
+        self.kept = True
+        yield
+        self.kept = False
+
+    def backward(self, loss):
+        self.alone.append(self.kept)
+        self.accelerator.backward(loss)
+
+
+@pytest.mark.parametrize("kind", ["two networks", "one trunk", "no critic"])
+def test_a_process_of_two_with_equal_halves_has_the_gradient_of_one(tmp_path, kind):
+    """Without a launcher, so in every run of the fast tests; the real thing is below, and slow."""
+    options = {"entropy_coef": 0.02, "ptx_coef": 0.5, "target_kl": 1e9, "ptx_dataset": ["t6 t7 t8 t9"]} | KINDS[kind]
+    made = trainer(tmp_path, ptx_batch_size=3, **options)
+    rollout, figures = rolled(made)
+    one, losses = steps_of(made, rollout)
+    made.args.ptx_batch_size = 6
+    made.accelerator = TwoAlike(made.accelerator)
+    made.learner = Learner(made.models, made.args, made.accelerator, made.learner.ptx)
+    assert (made.learner.world, made.learner.rank) == (2, 1)
+    assert (
+        made.learner.plan(rollout, 0, 0)[0][0].tolist() != trainer(tmp_path).learner.plan(rollout, 0, 0)[0][0].tolist()
+    )
+    made.learner.rank = 0
+    two, doubled = steps_of(made, rollout)
+    for a, b in zip(one, two, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
+    for name, value in losses.items():
+        if "time" not in name:
+            assert doubled[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+    # Four steps: for each two passes of the critic, where there is one; two of pretraining text; two of the policy.
+    critic_passes = [] if kind != "two networks" else [True, False]
+    assert made.accelerator.alone == [*critic_passes, True, True, True, False] * 4
+    again = made.learner.estimate(rollout, 0, made.state.kl_coef)
+    for name in ("objective/kl", "objective/scores", "objective/entropy", "response/length"):
+        assert again[name] == pytest.approx(figures[name], rel=1e-5, abs=1e-7), name
+
+
+def steps_of(made, rollout):
+    """The gradients of all steps of an update that takes none, and its figures."""
+    gradients = []
+
+    def record(network):
+        gradients.append(torch.cat([p.grad.flatten() for p in network.module.parameters()]).clone())
+        network.optimizer.zero_grad()
+        return gradients[-1].norm()
+
+    made.learner.step = record
+    return gradients, made.learner.update(rollout, 0)
+
 
 TWO = """
 import sys, torch

@@ -1,12 +1,17 @@
 """Every option of PPO has exactly its effect: against numbers by hand, and gradients taken another way."""
 
+import time
+
 import pytest
 import torch
 from ppo_tools import config, critic, gradients_of, policy, prompts, rolled, same, trainer, weights
 
 from pipeline.errors import UserError
 from pipeline.model.gpt import GPTForCausalLM
+from pipeline.model.sampler import Samples
 from pipeline.ppo import algorithm as A
+from pipeline.ppo.advantages import ESTIMATORS, Estimator
+from pipeline.ppo.rollout import Rollout
 
 
 def close(value, expected, tolerance=1e-6):
@@ -183,6 +188,72 @@ def test_a_reference_that_cannot_be_renewed_is_refused(tmp_path):
     deeper = GPTForCausalLM(config(num_hidden_layers=2))
     with pytest.raises(UserError, match="ref_sync_updates: the reference has other shapes"):
         trainer(tmp_path, reference=deeper, ref_sync_updates=1)
+
+
+def test_the_reference_is_renewed_before_every_so_many_updates_but_the_first(tmp_path):
+    learner = trainer(tmp_path).learner
+    for every, expected in ((0, []), (1, [1, 2, 3, 4]), (3, [3])):
+        learner.args.ref_sync_updates = every
+        assert [update for update in range(5) if learner.renews_reference(update)] == expected
+
+
+def test_the_target_kl_is_of_a_token_and_may_be_reached(tmp_path):
+    learner, sums, tokens = trainer(tmp_path).learner, {"policy/approxkl_avg": torch.tensor(3.0)}, torch.tensor(2.0)
+    for target, expected in ((None, False), (1.0, True), (1.5, False), (2.0, False)):
+        learner.args.target_kl = target
+        assert learner.past_target_kl(sums, tokens) is expected
+
+
+def test_every_plan_is_another_and_the_same_again(tmp_path):
+    """By seed, update, epoch and process."""
+    learner = trainer(tmp_path, batch_size=64, num_mini_batches=1, per_device_train_batch_size=64).learner
+    rollout = Rollout.of(Samples(None, torch.arange(64), torch.ones(64).long(), None, None), torch.zeros(64))
+
+    def plan(seed=0, update=0, epoch=0, rank=0):
+        learner.args.seed, learner.rank = seed, rank
+        return [part.tolist() for mini_batch in learner.plan(rollout, update, epoch) for part in mini_batch]
+
+    rollout.prompt_lengths = torch.ones(64).long()  # else they would be sorted by length
+    plans = [plan(), plan(seed=1), plan(update=1), plan(epoch=1), plan(rank=1), plan(seed=1, update=1)]
+    assert len(set(map(str, plans))) == 6 and plan() == plans[0] and sorted(plans[0][0]) == list(range(64))
+
+
+def test_times_are_those_of_the_parts(tmp_path):
+    made = trainer(tmp_path)
+    rollout, _ = made.sample(0)
+    begin = time.perf_counter()
+    figures = made.learner.estimate(rollout, 0, 0.1)
+    middle = time.perf_counter()
+    update = made.learner.update(rollout, 0)["time/update"]
+    parts = [figures[f"time/{name}"] for name in ("logprobs", "reference", "critic")]
+    assert all(part > 0 for part in parts) and sum(parts) < middle - begin
+    assert 0 < update < time.perf_counter() - middle
+
+
+def test_an_estimator_must_set_what_the_losses_need(tmp_path, monkeypatch):
+    def none(rollout, rewards, args, reduce):
+        rollout.advantages = rewards
+
+    made = trainer(tmp_path)
+    rollout, _ = made.sample(0)
+    monkeypatch.setitem(ESTIMATORS, "gae", Estimator(none, needs_critic=True))
+    with pytest.raises(UserError) as caught:
+        made.learner.estimate(rollout, 0, 0.1)
+    shape = tuple(rollout.mask.shape)
+    expected = f"advantage_estimator gae must set rollout.returns, a tensor of the shape {shape} (answers, tokens)"
+    assert str(caught.value) == expected
+    made = trainer(tmp_path, advantage_estimator="rloo", num_generations=2)
+    monkeypatch.setitem(ESTIMATORS, "rloo", Estimator(none, needs_critic=False))
+    made.learner.estimate(made.sample(0)[0], 0, 0.1)  # without a critic there are no returns
+
+
+def test_weights_that_learn_are_in_fp32(tmp_path):
+    with pytest.raises(UserError) as caught:
+        trainer(tmp_path, models=(policy().bfloat16(), critic()))
+    assert str(caught.value) == (
+        "GPTForCausalLM: its trained weights are not in fp32, which rounds small steps away; load it with "
+        "dtype=torch.float32 (mixed_precision computes in bf16 all the same)"
+    )
 
 
 def test_pretraining_text_is_cut_to_the_models_context(tmp_path):

@@ -431,6 +431,10 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     made = trainer(tmp_path, save_steps=1)
     with torch.no_grad():
         made.models.critic.score.weight[:] = float("nan")
-    with pytest.raises(UserError, match="update 1 is not a finite number"):
+    with pytest.raises(UserError) as caught:
         made.train()
+    assert str(caught.value) == (
+        "ppo: a loss or gradient of update 1 is not a finite number; lower learning_rate or critic_learning_rate and "
+        "begin anew, in another output_dir if this run's checkpoints are to stay"
+    )
     assert not list((tmp_path / "checkpoints").glob("step-*"))

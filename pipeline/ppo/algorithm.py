@@ -219,7 +219,8 @@ def value_loss(
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, reduce: Reduce = alone) -> Tensor:
     """1 − Var(G − V)/Var(G) over real tokens of all processes; 1 is a perfect critic, 0 a constant, 0 if Var(G) = 0."""
-    error = returns - values
-    spread = masked_mean((returns - masked_mean(returns, mask, reduce)) ** 2, mask, reduce)
+    error, mean = returns - values, masked_mean(returns, mask, reduce)
+    spread = masked_mean((returns - mean) ** 2, mask, reduce)
     left = masked_mean((error - masked_mean(error, mask, reduce)) ** 2, mask, reduce)
-    return torch.where(spread > 0, 1 - left / spread, 0.0)
+    rounding = 8 * torch.finfo(mean.dtype).eps * mean  # by which the mean of equal numbers may miss them
+    return torch.where(spread > rounding**2, 1 - left / spread, 0.0)
