@@ -3,8 +3,12 @@
 import itertools
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from tokenizers import Tokenizer, models, processors
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from pipeline.errors import UserError
 from pipeline.text import packing
@@ -38,6 +42,8 @@ def test_pack_predicts_every_token_but_the_first_once(tokenizer, texts: list[str
     assert [t for row in rows for t in row[1:]] == line[1:], "what the rows predict is the text"
     assert [row[0] for row in rows] == [line[0]] + [row[-1] for row in rows[:-1]]
     assert packed.rows["row"][:] == list(range(len(rows))) and packed.ids.tolist() == line
+    assert packed.ids.dtype == np.int32
+    assert packed.rows.data.schema.field("input_ids").type == pa.large_list(pa.int32()), "more than 2³¹ tokens, too"
     assert packed.tokens == len(line) - 1
     first = data_bytes(tokenizer, line[0])
     assert packed.bytes == sum(len(text.encode()) for text in texts) - len(first)
@@ -77,9 +83,35 @@ def test_pack_refuses_what_cannot_be_predicted(tokenizer) -> None:
         packing.pack(["the cat sat"], tokenizer, 1)
 
 
+def test_no_token_is_added_and_nothing_is_said_of_lengths(caplog: pytest.LogCaptureFixture) -> None:
+    """Llama's tokenizer begins every text with a token of its own, and warns of texts beyond its model's context."""
+    begins = train_tokenizer(["the cat"], 262)
+    plain = packing.pack(["the cat", "the"], begins, 4).ids.tolist()
+    begin = processors.TemplateProcessing(single="<|system|> $A", special_tokens=[("<|system|>", 2)])
+    begins.backend_tokenizer.post_processor = begin
+    assert begins("the")["input_ids"][0] == 2
+    begins.model_max_length = 2
+    logging.enable_propagation()  # to where the test sees it
+    with caplog.at_level("WARNING", logger="transformers"):
+        assert packing.pack(["the cat", "the"], begins, 4).ids.tolist() == plain
+    logging.disable_propagation()
+    assert not caplog.records
+
+
+def test_a_tokenizer_without_an_end_is_refused() -> None:
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    endless = PreTrainedTokenizerFast(tokenizer_object=words)
+    endless.name_or_path = "some/model"
+    with pytest.raises(UserError) as caught:
+        packing.pack(["a b"], endless, 4)
+    assert str(caught.value) == "the tokenizer some/model has no token that ends a document"
+    endless.eos_token = "b"
+    assert packing.document_end(endless) == 1
+
+
 def test_collate_fills_up_and_leaves_it_out_of_the_labels() -> None:
-    rows = [{"input_ids": [7, 8, 9], "row": 4}, {"input_ids": np.array([9, 6], dtype=np.int32), "row": 5}]
-    batch = packing.collate(rows)
+    ids = np.array([7, 8, 9], dtype=np.int32), np.array([9, 6], dtype=np.int32)
+    batch = packing.collate([{"input_ids": ids[0], "row": 4}, {"input_ids": ids[1], "row": 5}])
     assert {part.dtype for part in batch.values()} == {torch.int64}
     assert batch["input_ids"].tolist() == [[7, 8, 9], [9, 6, 0]]
     assert batch["labels"].tolist() == [[7, 8, 9], [9, 6, -100]] and batch["row"].tolist() == [4, 5]
