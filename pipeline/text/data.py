@@ -314,10 +314,9 @@ def _load(kind: formats.Kind, dataset: str, split: Split, seed: int, size: int |
         if rows and not choice.named:
             keys = [_prompt_key(row["prompt"]) for _, row in rows]
             rows = _part(rows, keys, split, map(_prompt_key, found.other_prompts))
-        for note in notes if found.dropped else [note for note in notes if "rows read" not in note]:
-            say_once(note)
         random.Random(seed).shuffle(rows)
-        notes.append(f"{len(rows):,} rows are for '{split}'")
+        if len(rows) < len(found.rows):
+            notes.append(f"{len(rows):,} of {len(found.rows):,} rows are for '{split}'")
     if not rows:
         raise _no_rows(dataset, kind, split)
     places, kept = zip(*rows[:size], strict=True)

@@ -234,7 +234,8 @@ def _walk(folder: Path, root: str, linked: bool) -> Iterator[Path]:
     """A folder behind a link is entered, but not the links in it: so no circle is walked round for ever."""
     for path in sorted(folder.iterdir()):
         is_link = path.is_symlink()
-        if path.name.startswith(".") or (is_link and linked):
+        state_of_a_stage = path.name == "checkpoints" and (folder / "stage.json").exists()
+        if path.name.startswith(".") or (is_link and linked) or state_of_a_stage:
             continue
         if is_link and (path.is_dir() or _suffix(path) in SUFFIXES):
             target = os.path.realpath(path)
