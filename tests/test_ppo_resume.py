@@ -159,7 +159,8 @@ def test_numbers_of_numpy_do_not_spoil_a_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("fails_at", [2, 4])
-def test_an_evaluation_that_failed_is_made_up_for(tmp_path, fails_at):
+def test_an_evaluation_that_failed_is_made_up_for(tmp_path, fails_at, monkeypatch):
+    monkeypatch.setattr("pipeline.rewards.PAUSES", (0.0,))  # it is asked again at once, and fails again
     broken = {"judge": True}
 
     def gold(prompts, completions, **columns):
