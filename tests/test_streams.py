@@ -86,6 +86,65 @@ def test_a_stream_shuffles_within_its_buffer() -> None:
     assert all(int(text) <= place + 50 for place, text in enumerate(mixed)), "nothing comes before it was read"
 
 
+def test_a_buffer_of_one_keeps_the_order(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "t.jsonl", [{"text": f"document {i}"} for i in range(40)])
+    stream = data.TextStream(file, split="train", buffer_size=1)
+    whole = list(stream.one_pass())
+    assert pass_of(stream, len(whole)) == whole and len(whole) > 25
+
+
+def test_a_stream_counts_documents_and_duplicates_of_this_iteration(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", [{"text": f"document {i % 10}"} for i in range(15)])
+    write_rows(tmp_path / "test.jsonl", [{"text": "another"}])
+    stream = data.TextStream(str(tmp_path), split="train", seed=1)
+    assert (stream.documents, stream.duplicates) == (0, 0)
+    for _ in range(2):
+        assert len(set(pass_of(stream, 10))) == 10
+        assert (stream.documents, stream.duplicates) == (15, 5), "those of the iteration before do not count"
+
+
+def test_the_key_of_a_document_never_changes() -> None:
+    """By it documents are held out: another one would move them to the other side."""
+    assert (
+        data.document_key("The  Cat\n").hex() == data.document_key("the cat").hex() == "d8cb1deb7a9c392a"
+    )  # b2sum -l 64
+    assert data.document_key("thecat") != data.document_key("the cat")
+    assert data.document_key("ẞ straße") != data.document_key("ss strasse")
+    hashes = {0.0: "test", 0.0499: "test", 0.0501: "validation", 0.0999: "validation", 0.1001: "train", 0.9: "train"}
+    for share, side in hashes.items():
+        assert data._side_of_key(int(share * 2**64).to_bytes(8, "big")) == side, share
+
+
+def test_no_duplicates_are_no_news(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data.load_texts(write_rows(tmp_path / "t.jsonl", [{"text": f"document {i}"} for i in range(40)]), split="train")
+    assert "duplicates" not in caplog.text
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_generator_streams_what_it_gives_whole(split: str, seed: int) -> None:
+    whole, streamed = (
+        data.load_texts("stories", split=split, seed=seed, max_bytes=3000, streaming=streaming)
+        for streaming in (False, True)
+    )
+    assert whole == streamed and sum(len(text.encode()) for text in whole) > 2500
+    assert whole == list(data.TextStream("stories", split=split, seed=seed, max_bytes=3000).one_pass())
+    endless = data.TextStream("stories", split=split, seed=seed).one_pass()
+    assert list(islice(endless, len(whole))) == whole, "without a limit it goes on"
+
+
+def test_a_split_without_documents_is_named(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "few.jsonl", [{"text": "only this"}])
+    for texts in (lambda: next(iter(data.TextStream(file, split="validation"))), lambda: documents_of(file)):
+        with pytest.raises(UserError) as caught:
+            texts()
+        assert str(caught.value) == f"dataset: {file} has no text for the split 'validation'"
+
+
+def documents_of(file: str) -> list[str]:
+    return data.load_texts(file, split="validation", streaming=True)
+
+
 @pytest.mark.slow
 def test_every_kind_of_source_streams(tmp_path: Path) -> None:
     rows = [{"text": f'story {i}, "q"\nü'} for i in range(200)]
