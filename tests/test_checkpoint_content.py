@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import random
 from pathlib import Path
 
@@ -104,6 +105,31 @@ def trainer_folder(folder: Path, contents: dict[str, object]) -> Path:
 def test_what_the_trainer_cannot_do_without(tmp_path: Path, changes: dict, sentence: str | None) -> None:
     contents = {name: content for name, content in (TRAINER | changes).items() if content is not None}
     assert fault_of(trainer_folder(tmp_path / "checkpoint-3", contents)) == sentence
+
+
+class Bomb:
+    """What unpickles by making a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("name", ["state.pt", "optimizer.pt", "rng_state.pth"])
+def test_a_checkpoint_runs_no_code(tmp_path: Path, name: str) -> None:
+    def write(folder: Path) -> None:
+        torch.save({"state": Bomb(tmp_path / "harm")}, folder / name)
+
+    assert fault_of(save_checkpoint(tmp_path, 1, write)) == f"{name} cannot be read"
+    assert not (tmp_path / "harm").exists()
+
+
+def test_json_is_utf8_whatever_the_system_reads_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = save_checkpoint(tmp_path, 1, lambda folder: write_json(folder / "notes.json", {"ü": 1}))
+    monkeypatch.setattr("io.text_encoding", lambda encoding, level=2: encoding or "ascii")
+    assert fault_of(made) is None and checkpoint.read_object(made / "notes.json") == {"ü": 1}
 
 
 @pytest.mark.parametrize("names", [("disk", None), ("disk", "elsewhere")])
