@@ -247,6 +247,17 @@ def test_the_seed_orders_and_size_cuts(tmp_path: Path) -> None:
     assert list(data.load_prompts(file, split="ppo", seed=1, size=10).rows["prompt"]) == list(first)[:10]
 
 
+@pytest.mark.parametrize("kind", LOAD)
+def test_the_seed_is_0_where_none_is_given_and_size_cuts_every_kind(tmp_path: Path, kind: str) -> None:
+    rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(40)]
+    load, file = LOAD[kind], write_rows(tmp_path / "rows.jsonl", rows)
+    whole = load(file, split="train", seed=0).rows.to_list()
+    assert len(whole) == 36 and load(file, split="train").rows.to_list() == whole
+    assert load(file, split="train", seed=1).rows.to_list() != whole
+    assert load(file, split="train", size=3).rows.to_list() == whole[:3]
+    assert load(file, split="train", size=None).rows.num_rows == load(file, split="train", size=99).rows.num_rows == 36
+
+
 def test_turns_of_one_conversation_stay_together(tmp_path: Path) -> None:
     rows = []
     for i in range(60):

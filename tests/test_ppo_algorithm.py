@@ -61,6 +61,11 @@ def test_score_sits_on_the_last_real_token():
     close(found, [[-0.05, -0.1, 4.85], [-1.2, 0.0, 0.0]])
 
 
+def test_scores_of_a_judge_in_fp64_are_taken():
+    found = A.place_rewards(torch.tensor([5.0]).double(), torch.zeros(1, 2), torch.tensor([2]), kl_coef=0.5)
+    assert found.dtype == torch.float32 and found.tolist() == [[0.0, 5.0]]
+
+
 def test_kl_estimators_by_hand():
     logprobs, ref = torch.tensor([math.log(0.5)]), torch.tensor([math.log(0.25)])
     close(A.kl_k1(logprobs, ref), [math.log(2)])

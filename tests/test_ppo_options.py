@@ -218,6 +218,31 @@ def test_every_plan_is_another_and_the_same_again(tmp_path):
     assert len(set(map(str, plans))) == 6 and plan() == plans[0] and sorted(plans[0][0]) == list(range(64))
 
 
+def test_pretraining_text_is_drawn_by_seed_update_epoch_mini_batch_and_process_alone(tmp_path):
+    made = trainer(tmp_path, ptx_coef=1.0, ptx_dataset=[f"t{i} t7" for i in range(3, 15)], ptx_batch_size=2)
+    rollout, _ = rolled(made)
+    learner, drawn, draw = made.learner, [], made.learner.ptx.draw
+
+    def watched(count, random, device):
+        seed, found = random.initial_seed(), draw(count, random, device)
+        drawn.append((seed, found[0].tolist()))
+        return found
+
+    learner.ptx.draw = watched
+
+    def draws(seed=0, update=0, rank=0):
+        """Those of 2 epochs of 2 mini-batches each."""
+        learner.args.seed, learner.rank = seed, rank
+        drawn.clear()
+        gradients_of(made, update, rollout)
+        return list(drawn)
+
+    found = [draws(), draws(seed=1), draws(update=1), draws(rank=1)]
+    assert len({seed for four in found for seed, _ in four}) == 16
+    torch.manual_seed(99)
+    assert draws() == found[0]
+
+
 def test_times_are_those_of_the_parts(tmp_path):
     made = trainer(tmp_path)
     rollout, _ = made.sample(0)

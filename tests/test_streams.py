@@ -25,7 +25,7 @@ def test_near_equal_documents_are_one(tmp_path: Path, caplog: pytest.LogCaptureF
     rows = [{"text": f"The  Story {i % 50}\n"} for i in range(100)] + [{"text": f"the story {i}"} for i in range(60)]
     file = write_rows(tmp_path / "t.jsonl", rows)
     parts = [data.load_texts(file, split=split) for split in ("train", "validation", "test")]
-    assert sum(map(len, parts)) == 60 and "100 of 160 documents are duplicates and were dropped" in caplog.text
+    assert sum(map(len, parts)) == 60 and f"{file}: 100 of 160 documents are duplicates and were dropped" in caplog.text
     assert "The  Story 0\n" in [text for part in parts for text in part], "the first of the equal ones is kept"
     keys = {data.document_key(text) for text in parts[0][:7]}
     rest = data.load_texts(file, split="train", without=keys)
@@ -84,6 +84,89 @@ def test_a_stream_shuffles_within_its_buffer() -> None:
     mixed = list(data._shuffled(iter(numbers), random.Random(0), 50))
     assert sorted(mixed) == sorted(numbers) and mixed != numbers
     assert all(int(text) <= place + 50 for place, text in enumerate(mixed)), "nothing comes before it was read"
+
+
+def test_a_buffer_of_one_keeps_the_order(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "t.jsonl", [{"text": f"document {i}"} for i in range(40)])
+    stream = data.TextStream(file, split="train", buffer_size=1)
+    whole = list(stream.one_pass())
+    assert pass_of(stream, len(whole)) == whole and len(whole) > 25
+
+
+def test_a_stream_counts_documents_and_duplicates_of_this_iteration(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", [{"text": f"document {i % 10}"} for i in range(15)])
+    write_rows(tmp_path / "test.jsonl", [{"text": "another"}])
+    stream = data.TextStream(str(tmp_path), split="train", seed=1)
+    assert (stream.documents, stream.duplicates) == (0, 0)
+    for _ in range(2):
+        assert len(set(pass_of(stream, 10))) == 10
+        assert (stream.documents, stream.duplicates) == (15, 5), "those of the iteration before do not count"
+
+
+def test_the_key_of_a_document_never_changes() -> None:
+    """By it documents are held out: another one would move them to the other side."""
+    keys = {data.document_key(text).hex() for text in ("The  Cat\n", "the cat")}
+    assert keys == {"d8cb1deb7a9c392a"}  # printf 'the cat' | b2sum -l 64
+    assert data.document_key("thecat") != data.document_key("the cat")
+    assert data.document_key("ẞ straße") != data.document_key("ss strasse")
+    hashes = {0.0: "test", 0.0499: "test", 0.0501: "validation", 0.0999: "validation", 0.1001: "train", 0.9: "train"}
+    for share, side in hashes.items():
+        assert data._side_of_key(int(share * 2**64).to_bytes(8, "big")) == side, share
+
+
+def test_no_duplicates_are_no_news(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data.load_texts(write_rows(tmp_path / "t.jsonl", [{"text": f"document {i}"} for i in range(40)]), split="train")
+    assert "duplicates" not in caplog.text
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_generator_streams_what_it_gives_whole(split: str, seed: int) -> None:
+    whole, streamed = (
+        data.load_texts("stories", split=split, seed=seed, max_bytes=3000, streaming=streaming)
+        for streaming in (False, True)
+    )
+    assert whole == streamed and sum(len(text.encode()) for text in whole) > 2500
+    assert whole == list(data.TextStream("stories", split=split, seed=seed, max_bytes=3000).one_pass())
+    endless = data.TextStream("stories", split=split, seed=seed).one_pass()
+    assert list(islice(endless, len(whole))) == whole, "without a limit it goes on"
+
+
+def test_one_long_text_is_cut_at_nine_tenths(tmp_path: Path) -> None:
+    text = "".join(chr(97 + i % 26) for i in range(1000))
+    (tmp_path / "one.txt").write_text(text)
+    parts = {
+        split: data.load_texts(str(tmp_path / "one.txt"), split=split) for split in ("train", "validation", "test")
+    }
+    assert parts == {"train": [text[:900]], "validation": [text[900:]], "test": [text[900:]]}
+    (tmp_path / "two.txt").write_text(f"{text}<|endoftext|>another")
+    assert sorted(data.load_texts(str(tmp_path / "two.txt"), split="train")) == [text, "another"]
+
+
+def test_named_splits_are_whole_and_in_an_order_of_the_seed(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", [{"text": f"document {i}"} for i in range(30)])
+    write_rows(tmp_path / "test.jsonl", [{"text": "one alone"}])
+    one, two = (data.load_texts(str(tmp_path), split="train", seed=seed) for seed in (0, 1))
+    assert sorted(one) == sorted(two) == sorted(f"document {i}" for i in range(30)) and one != two
+    assert data.load_texts(str(tmp_path), split="train") == one and data.load_texts(str(tmp_path), split="test") == [
+        "one alone"
+    ]
+    everything = {data.document_key(text) for text in one}
+    with pytest.raises(UserError) as caught:
+        data.load_texts(str(tmp_path), split="train", without=everything)
+    assert str(caught.value) == f"dataset: {tmp_path} has no text for the split 'train'"
+
+
+def test_a_split_without_documents_is_named(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "few.jsonl", [{"text": "only this"}])
+    for texts in (lambda: next(iter(data.TextStream(file, split="validation"))), lambda: documents_of(file)):
+        with pytest.raises(UserError) as caught:
+            texts()
+        assert str(caught.value) == f"dataset: {file} has no text for the split 'validation'"
+
+
+def documents_of(file: str) -> list[str]:
+    return data.load_texts(file, split="validation", streaming=True)
 
 
 @pytest.mark.slow
