@@ -121,7 +121,7 @@ chat: | $(READY) ## talk with a model in the terminal (MODEL=folder, default PPO
 # What a stage would work on, without running it: nothing is written, so that no stamp or other stage is needed.
 show: | $(READY) ## rows as a stage's model will see them, and what is dropped or cut (STAGE=sft; ROWS=3)
 	@$(if $(filter $(STAGE),$(filter-out report,$(STAGES))),,echo 'error: STAGE=$(STAGE) is none of: $(filter-out report,$(STAGES))' >&2; exit 2;) \
-	$(LAUNCH) stages.$(STAGE) --config configs/$(PRESET)/$(STAGE).yaml --run_dir $(RUN) --seed $(SEED) $(if $(TEXT),$(if $(filter tokenizer pretrain,$(STAGE)),--dataset '$(TEXT)')) --show $(ROWS) $(ARGS)
+	$(LAUNCH) stages.$(STAGE) --config configs/$(PRESET)/$(STAGE).yaml --run_dir $(RUN) --seed $(SEED) $(if $(TEXT),$(if $(filter tokenizer pretrain,$(STAGE)),--dataset $(call quoted,$(TEXT)))) --show $(ROWS) $(ARGS)
 
 smoke: ## the whole chain in under two minutes, to see that everything works
 	@$(MAKE) --no-print-directory all PRESET=smoke SEED=$(SEED)

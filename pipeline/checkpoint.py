@@ -77,8 +77,8 @@ def write_jsonl(path: Path, rows: Iterable[object]) -> None:
 def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], keep: int = 2) -> Path:
     """Make `folder/step-<step>` with what `write(path)` puts into it, then remove all but the newest `keep`.
 
-    Later steps that are there already are damaged ones, which the run did not go on from: they go first, or they would
-    be taken for the newest. Where the writing fails, what there was of it is removed.
+    Later steps that are there already are damaged ones, which the run did not go on from: they are set aside first, or
+    they would be taken for the newest. Where the writing fails, what there was of it is removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     beside, final = folder / f"partial-{step:08d}", folder / f"step-{step:08d}"
@@ -94,9 +94,19 @@ def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], keep
     beside.rename(final)
     there = by_step(folder)
     later = [checkpoint for checkpoint in there if step_of(checkpoint) > step]
-    for old in [*later, *there[len(later) + keep :]]:
+    for unused in later:
+        set_aside(unused)
+    for old in there[len(later) + keep :]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Rename a checkpoint that was passed over to `unused-<n>-<name>`: what is in it may be of use to its owner."""
+    number = 1
+    while (aside := checkpoint.with_name(f"unused-{number}-{checkpoint.name}")).exists():
+        number += 1
+    checkpoint.rename(aside)
 
 
 def seal(checkpoint: Path) -> None:

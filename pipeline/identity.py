@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-# The names of things, what is shown, what is kept, and memory for time: the result is the same to the bit.
+# The names of things, what is shown, what is kept, and memory for time: the model is the same to the bit.
 FREE = {"output_dir", "run_dir", "preset", "logging_steps", "save_steps", "gradient_checkpointing", "fresh", "show"}
 # The same but for rounding. In a Trainer stage the batch of a step is made of this field, and sums over parts of a
 # batch differ: there it may not change.
@@ -38,6 +38,11 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         else:
             said += differences(old, new)
     return said
+
+
+def is_within(path: str, folder: str) -> bool:
+    """Whether a path, as it is spelled, is `folder` or lies in it."""
+    return f"{path}/".startswith(f"{folder.rstrip('/')}/")
 
 
 def _shown(value: Any) -> str:

@@ -44,10 +44,10 @@ ROLES = {
 }
 ANSWERS = ("completion", "chosen", "rejected")
 
-SYSTEM = ("system", "system_prompt", "system_message")
+SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "persona")
 CONTEXT = (*SYSTEM, "history")
 """Columns that are part of a conversation's prompt, in every format."""
-ASKED_BESIDE = ("input", "context", "instruction")
+ASKED_BESIDE = ("input", "context", "instruction", "passage", "document", "suffix")
 """Columns that are part of what is asked: refused in SFT and reward where the format does not use them."""
 ASKING = {"prompt", "instruction", "input", "context", "conversations", "messages", "info"}
 """Columns that a prompt is made from, where the format uses them; rewards are given all others."""
@@ -72,9 +72,11 @@ WEIGHTS = frozenset({"weight", "sample_weight", "loss_weight", "loss_mask"})
 """Columns and keys that say how much is learned of a row or turn: refused where they are not 1."""
 WEIGHT_KEYS = WEIGHTS | {"train", "loss"}
 MESSAGE_KEYS = {"role", "from", "content", "value"}
-LABELS = ("label", "labels", "kto_tag", "is_chosen", "desirable")
+SPLITS = {"train", "training", "validation", "valid", "val", "dev", "eval", "test"}
+LABELS = ("label", "labels", "kto_tag", "is_chosen", "is_good", "is_safe", "desirable", "feedback")
 FLAG = re.compile(
-    r"-?[01](\.0)?|true|false|t|f|yes|no|y|n|(un)?desirable|good|bad|chosen|rejected|positive|negative", re.IGNORECASE
+    r"-?[01](\.0)?|true|false|t|f|yes|no|y|n|(un)?desirable|(un)?safe|good|bad|chosen|rejected|positive|negative",
+    re.IGNORECASE,
 )
 """What a label of unpaired data (KTO) says of an answer."""
 KEPT_WITH_PAIRS: dict[str, type | tuple[type, ...]] = {
@@ -88,6 +90,7 @@ UNPAIRED = (
     "preferences need chosen and rejected answers to one prompt, instructions an answer that is to be imitated; "
     "drop the column '{label}' if every answer is good, and call it completion if it is the answer itself"
 )
+WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content|value)['"]\s*:""")
 TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -217,7 +220,15 @@ def _answer_field(row: Row, name: str) -> Answer:
     """A prompt or answer as it stands: text, or messages. Raises ValueError."""
     if not isinstance(row.get(name), str | list | dict | None):
         raise ValueError(f"field '{name}' should be text or messages, but is {type(row[name]).__name__}")
-    return text_field(row, name) if isinstance(row.get(name), str) else messages_field(row, name)
+    if not isinstance(row.get(name), str):
+        return messages_field(row, name)
+    text = text_field(row, name)
+    if WRITTEN_MESSAGES.match(text):
+        raise ValueError(
+            f"field '{name}' has a list of messages written out as text, as a CSV file makes of one; "
+            "keep such rows as .jsonl or .parquet"
+        )
+    return text
 
 
 def _refuse(values: Row, refused: Iterable[str], weights: Iterable[str], where: str) -> None:
@@ -277,8 +288,9 @@ def from_instruction(row: Row) -> Row:
     made: Row = {"prompt": user(asked)}
     if row.get("chosen") is not None and row.get("rejected") is not None:
         return made | {"chosen": _answer_field(row, "chosen"), "rejected": _answer_field(row, "rejected")}
-    answer = next((name for name in ("output", "response") if row.get(name) is not None), None)
-    return made | ({"completion": assistant(text_field(row, answer))} if answer else {})
+    if row.get("output") is None and row.get("response") is None:
+        return made
+    return made | {"completion": assistant(one_text_of(row, ("output", "response")))}
 
 
 def from_transcripts(row: Row) -> Row:
@@ -553,6 +565,11 @@ def is_text(*names: str) -> Callable[[Row], bool]:
     return lambda row: all(isinstance(row.get(name), str) for name in names)
 
 
+def is_tldr(row: Row) -> bool:
+    """Whether the label is a summary: of any other prompt it is what a labeller says."""
+    return is_text("prompt", "label")(row) and row["prompt"].rstrip().endswith("TL;DR:")
+
+
 def _format(name: str, needs: str, gives: str, convert: Callable[[Row], Row], also: str = "", **options) -> Format:
     """A Format from lists of columns in words; `also` are columns it uses where they are there."""
     needed = frozenset(needs.split())
@@ -587,7 +604,7 @@ FORMATS: tuple[Format, ...] = (
     _format("hh-rlhf transcripts", "chosen rejected", "pair", from_transcripts, fits=is_text("chosen", "rejected")),
     _format("message preferences", "chosen rejected", "pair", from_pair, also="messages"),
     _format("prompt and completion", "prompt completion", "completion", from_prompt_completion),
-    _format("tl;dr", "prompt label", "completion", from_tldr, fits=is_text("prompt", "label")),
+    _format("tl;dr", "prompt label", "completion", from_tldr, fits=is_tldr),
     _format("messages", "messages", "completion", from_messages, also="prompt"),
     _format("prompt", "prompt", "", from_prompt),
     _format("instruction", "instruction", "", from_instruction, also="input context"),
@@ -653,6 +670,12 @@ def _check_useful(rows: list[Row], forms: dict[str, Format], kind: Kind) -> None
     """Raise ValueError if no row has what `kind` needs, or the answers are labelled good and bad."""
     useful = {"instructions": {"completion", "pair"}, "prompts": set(), "preferences": {"pair"}}[kind]
     gives = set().union(*(form.gives for form in forms.values()))
+    splits = {str(row["split"]).lower() for row in rows if row.get("split")} & SPLITS
+    if len(splits) > 1:
+        raise ValueError(
+            f"the column 'split' says {' and '.join(sorted(splits))}, which is not looked at; write one file for each, "
+            "named for it (train.jsonl, test.jsonl), or drop the column"
+        )
     label = next((name for name in LABELS if _has_flags(rows, name)), None)
     if kind != "prompts" and label and "pair" not in gives:
         raise ValueError(UNPAIRED.format(label=label))
@@ -733,6 +756,8 @@ def _complete(result: Adapted, rows: list[Row], forms: list[Format], kind: Kind)
         beside = []
     for index, made in zip(result.kept, result.rows, strict=True):
         made.update((name, rows[index].get(name)) for name in beside)
+        if kind == "preferences":  # no integer is too large for a float
+            made.update((name, float(made[name])) for name in beside if type(made[name]) is int)
         if made.get("flipped", False) is None and kind == "preferences":  # a pair without the mark is not marked
             made["flipped"] = False
     return [name for name in columns if name not in uses and name not in beside] + _unused_keys(rows, uses)

@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import UserError
+from pipeline.identity import is_within
 from pipeline.judging import plain_text
 from pipeline.model.load import fit_embeddings, load_policy, parameter_count
 from pipeline.model.sampler import Sampling, stream
@@ -119,7 +120,7 @@ class Chat:
 def open_chat(args: ChatArguments) -> Chat:
     """Load model and tokenizer. Raises UserError where they cannot talk."""
     path = Path(args.model_name_or_path)
-    if args.model_name_or_path.startswith(args.run_dir) and not path.exists():
+    if is_within(args.model_name_or_path, args.run_dir) and not path.exists():
         raise UserError(f"chat: {path} does not exist; run `make {path.name}` first, or set model_name_or_path")
     model = load_policy(args.model_name_or_path, "cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(args.model_name_or_path)

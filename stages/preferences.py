@@ -87,7 +87,7 @@ def sample_and_label(args: PreferencesArguments, stage: Stage) -> dict[str, list
     if args.show:
         return {}
     parts = Parts(stage)
-    with stage.progress(args.dataset_size + args.test_size, "preferences") as advance:
+    with stage.progress(sum(map(len, prompts.values())), "preferences") as advance:
         for number, (name, rows) in enumerate(prompts.items()):
             for start in range(0, len(rows), at_once):
                 some = range(start, min(start + at_once, len(rows)))

@@ -72,7 +72,9 @@ def test_a_new_checkpoint_outlives_damaged_ones_of_later_steps(tmp_path: Path) -
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, step, writer(str(step)), keep=2)
         assert latest_checkpoint(tmp_path).name == f"step-{step:08d}"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+    there = sorted(p.name for p in tmp_path.iterdir())
+    assert there[:2] == ["step-00000002", "step-00000003"]
+    assert all(name.startswith("unused-1-step-") for name in there[2:]) and len(there) > 2, "set aside, not removed"
 
 
 DAMAGES = ["flip a byte", "cut", "lose a file", "add a file", "lose the manifest", "spoil the manifest"]

@@ -699,7 +699,7 @@ EMPTY = {
         ("input", "output_1", "output_2"),
     ),
     "prompts": ("prompts", {"prompt": "Q"}, ("prompt",)),
-    "tl;dr": ("instructions", {"prompt": "Q", "label": "A"}, ("prompt", "label")),
+    "tl;dr": ("instructions", {"prompt": "Q TL;DR:", "label": "A"}, ("label",)),
 }
 EMPTY_MESSAGES = {
     "messages": ("instructions", "messages", [[*user("Q"), *assistant("")], [*user(" "), *assistant("A")], []]),
@@ -835,3 +835,55 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
     if os.getuid():
         (tmp_path / "locked").mkdir(mode=0)
         refused("locked cannot be read: Permission denied", data.load_prompts, tmp_path / "locked")
+
+
+# ---- neighbours of these faults -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        (
+            {"prompt": "Q#", "response": "A", "label": "math"},
+            "the columns are prompt, response, label, but instructions",
+        ),
+        ({**ROW, "persona": "A pirate."}, None),
+        ({**ROW, "passage": "It rains."}, "the row has 'passage', which no stage can use"),
+        ({**ROW, "label": "unsafe"}, "the rows are unpaired"),
+        ({**ROW, "feedback": False}, "the rows are unpaired"),
+        ({"instruction": "Q#", "output": "A", "response": "B"}, "'output' and 'response' say two different things"),
+        (
+            {"prompt": "[{'role': 'user', 'content': 'Q#'}]", "completion": "A"},
+            "field 'prompt' has a list of messages written out as text",
+        ),
+    ],
+)
+def test_neighbours_that_would_change_what_is_learned(
+    tmp_path: Path, row: dict[str, Any], sentence: str | None
+) -> None:
+    rows = [json.loads(json.dumps(row).replace("#", str(i))) for i in range(30)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    if sentence:
+        refused(sentence, data.load_instructions, file)
+    else:
+        loaded = data.load_instructions(file, split="train")
+        assert loaded.rows[0]["prompt"][0] == {"role": "system", "content": "A pirate."}
+
+
+def test_a_column_that_tells_splits_is_not_passed_over(tmp_path: Path) -> None:
+    rows = [asked(i) | {"split": "test" if i % 2 else "train"} for i in range(30)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    refused("the column 'split' says test and train, which is not looked at", data.load_instructions, file)
+
+
+@pytest.mark.parametrize("names", [("train1", "test1"), ("trainset", "testset"), ("my-train_data2", "my-test_data2")])
+def test_numbered_names_tell_a_split(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name, mark in zip(names, "ab", strict=True):
+        write_rows(tmp_path / f"{name}.jsonl", [asked(i, mark) for i in range(10)])
+    assert len(data.load_instructions(str(tmp_path), split="train").rows) == 10
+
+
+def test_a_score_of_any_size_is_kept(tmp_path: Path) -> None:
+    row = {"prompt": "Q", "chosen": "A", "rejected": "B", "chosen_score": 10**30, "rejected_score": 0}
+    loaded = data.load_preferences(write_rows(tmp_path / "rows.jsonl", [row] * 5), split="train")
+    assert loaded.rows["chosen_score"][0] == 1e30

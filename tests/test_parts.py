@@ -54,7 +54,7 @@ def left_by(output: Path) -> dict[str, Any]:
     files = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
     record = json.loads(files.pop("stage.json"))
     del files["metrics.jsonl"]
-    folders = sorted(path.name for path in (output / "checkpoints").iterdir())
+    folders = sorted(path.name for path in (output / "checkpoints").iterdir() if not path.name.startswith("unused-"))
     return files | {"lines": lines, "metrics": record["metrics"], "folders": folders}
 
 

@@ -515,7 +515,11 @@ def shapes(q, a, b):
         "whole conversations": ("preferences", {"prompt": q, "chosen": asked + good, "rejected": asked + bad}, pair),
         "hh-rlhf transcripts": ("preferences", dict(zip(("chosen", "rejected"), turns, strict=True)), pair),
         "llmbar": ("preferences", {"input": q, "output_1": b, "output_2": a, "label": 2}, pair),
-        "tl;dr": ("instructions", {"prompt": q, "label": a}, {"prompt": q, "completion": f" {a}"}),
+        "tl;dr": (
+            "instructions",
+            {"prompt": f"{q} TL;DR:", "label": a},
+            {"prompt": f"{q} TL;DR:", "completion": f" {a}"},
+        ),
         "tl;dr comparisons": (
             "preferences",
             {"info": {"post": q}, "summaries": [{"text": b}, {"text": a}], "choice": 1},
@@ -680,5 +684,5 @@ def test_the_newest_checkpoints_are_kept_in_whatever_order_steps_come(steps, kee
         for step in steps:
             checkpoint.save_checkpoint(Path(folder), step, lambda path: (path / "a.bin").write_bytes(b""), keep=keep)
             expected = sorted({other for other in expected if other <= step} | {step})[-keep:]
-            assert sorted(checkpoint.step_of(path) for path in Path(folder).iterdir()) == expected
+            assert sorted(checkpoint.step_of(path) for path in Path(folder).glob("step-*")) == expected
             assert checkpoint.step_of(checkpoint.latest_checkpoint(Path(folder))) == step

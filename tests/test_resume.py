@@ -279,13 +279,14 @@ def test_fresh_moves_a_run_aside_as_often_as_it_is_asked(tmp_path: Path, capsys:
     assert f"{tmp_path}/sft begins anew, as --fresh says: it is kept as {tmp_path}/sft.old-1" in capsys.readouterr().out
     stage.log({"step": 1})
     second = contents(tmp_path / "sft")
-    Stage(arguments(tmp_path, learning_rate=1e-4, fresh=True), "sft", {}).begin()
+    Stage(arguments(tmp_path, learning_rate=1e-5, fresh=True), "sft", {}).begin()
     assert contents(tmp_path / "sft.old-1") == first and contents(tmp_path / "sft.old-2") == second
-    assert sorted(contents(tmp_path / "sft")) == ["checkpoints/identity.json", "metrics.jsonl"]
+    assert sorted(contents(tmp_path / "sft")) == ["checkpoints/fresh", "checkpoints/identity.json", "metrics.jsonl"]
     assert not (tmp_path / "sft.old-1/.lock").exists()
-    # fresh is no setting: the same command without it goes on
+    # Fresh is no setting: the same command goes on without it, and with it too, as a batch system may give it again
     save_checkpoint(tmp_path / "sft/checkpoints", 1, write)
-    assert Stage(arguments(tmp_path, learning_rate=1e-4), "sft", {}).resume_from is not None
+    for fresh in (False, True):
+        assert Stage(arguments(tmp_path, learning_rate=1e-5, fresh=fresh), "sft", {}).resume_from is not None
 
 
 def test_a_finished_run_of_the_same_settings_is_left_and_touched(

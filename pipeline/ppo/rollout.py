@@ -340,7 +340,11 @@ class PretrainingText:
             if not isinstance(text, str):
                 raise UserError(f"ptx_dataset, row {i}: the text is a {type(text).__name__}; give texts")
         begin = document_end(tokenizer)
-        self.ids = [[begin, *ids[:max_length]] for ids in encode(tokenizer, texts, add_special_tokens=False) if ids]
+        # As in pretraining: special tokens that are spelt out in a text are ordinary characters
+        encoded = encode(tokenizer, texts, add_special_tokens=False, split_special_tokens=True)
+        self.ids = [[begin, *ids[:max_length]] for ids in encoded if ids]
+        self.cut = sum(len(ids) > max_length for ids in encoded)
+        """How many texts are longer than `max_length`."""
         if not self.ids:
             raise UserError("ptx_dataset has nothing but empty texts; give it pretraining text")
 

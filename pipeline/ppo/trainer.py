@@ -207,6 +207,8 @@ class PPOTrainer:
         for callback in self.callbacks:
             callback(self, metrics)
         self.stop_if_asked()
+        if self.args.save_steps and state.updates_done == self.args.total_updates:
+            self.save_state()  # nothing is lost if the last evaluation is broken off
         self.evaluate_if_due()
         if self.args.save_steps and state.updates_done % self.args.save_steps == 0:
             self.save_state()
@@ -410,4 +412,7 @@ class PPOTrainer:
 
     def _pretraining_text(self, rows: Any) -> PretrainingText:
         longest = self.args.ptx_max_length if self.context is None else min(self.args.ptx_max_length, self.context - 1)
-        return PretrainingText(rows, self.processing_class, longest)
+        made = PretrainingText(rows, self.processing_class, longest)
+        if made.cut:
+            self.recorder.say(f"{made.cut:,} of {len(made.ids):,} pretraining texts are cut after {longest} tokens")
+        return made

@@ -38,6 +38,8 @@ def run(main: Callable[[ArgumentsT], None], kind: type[ArgumentsT], *, interacti
     """
     print_anything()
     _quiet_libraries()
+    if interactive:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with contextlib.nullcontext() if interactive else signals.watching(launched=has_a_launcher()):
         try:
             main(parse(kind))

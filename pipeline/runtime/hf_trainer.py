@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import shutil
 import statistics
 import sys
 import time
@@ -15,7 +14,7 @@ import torch
 from accelerate.utils import send_to_device
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from pipeline.checkpoint import seal, step_of
+from pipeline.checkpoint import seal, set_aside, step_of
 from pipeline.model.hardware import use_bf16
 from pipeline.model.optim import MuonFactory
 from pipeline.runtime import signals
@@ -269,7 +268,7 @@ def train(trainer: Trainer, callback: StageCallback) -> None:
     stage.begin()
     done = step_of(stage.resume_from) if stage.resume_from else 0
     if stage.is_main:
-        remove_damaged(stage.checkpoints, done)
+        set_damaged_aside(stage.checkpoints, done)
     with stage.progress(trainer.args.max_steps, stage.name, done) as callback.advance, signals.deferred():
         try:
             trainer.train(resume_from_checkpoint=str(stage.resume_from) if stage.resume_from else None)
@@ -293,14 +292,14 @@ def let_evaluations_be_stopped(trainer: Any) -> None:
     trainer.evaluation_loop = stoppable
 
 
-def remove_damaged(checkpoints: Path, done: int) -> None:
-    """Remove checkpoints of later steps than the run goes on from: they were passed over, and will be written again.
+def set_damaged_aside(checkpoints: Path, done: int) -> None:
+    """Rename checkpoints of later steps than the run goes on from: they were passed over, and will be written again.
 
     The Trainer would count them when it makes room, and remove a whole one for them.
     """
     for checkpoint in checkpoints.glob("checkpoint-*"):
         if checkpoint.name.rsplit("-", 1)[1].isdigit() and step_of(checkpoint) > done:
-            shutil.rmtree(checkpoint, ignore_errors=True)
+            set_aside(checkpoint)
 
 
 def save_model(trainer: Trainer, stage: Stage) -> None:

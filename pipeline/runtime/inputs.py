@@ -11,7 +11,9 @@ from typing import Any
 
 from pipeline.checkpoint import IDENTITY, MANIFEST, METRICS, PARTIAL, fault_of, read_object, sha256_of
 from pipeline.errors import UserError
+from pipeline.identity import is_within
 from pipeline.text.sources import find_sources, is_local
+from pipeline.text.tokenizer import ADAPTER, base_of_adapter
 
 HASHED_WHOLE = 4 * 2**30  # bytes
 RECORD = "stage.json"
@@ -52,7 +54,7 @@ def fingerprint(stage: str, key: str, path: str, run_dir: str) -> dict[str, str]
     `key` says what `stage` reads it for. Raises UserError where nothing is there, or no more than half of it, or
     something else than the stage that made it left there.
     """
-    of_this_run = path.startswith(run_dir)
+    of_this_run = is_within(path, run_dir)
     if not is_local(path) and not of_this_run:
         return {"path": path, "sha256": "hub"}
     place = Path(path).expanduser()
@@ -78,6 +80,8 @@ def fingerprint(stage: str, key: str, path: str, run_dir: str) -> dict[str, str]
     if place.is_file():
         return {"path": path, "sha256": sums[place]}
     lines = "".join(f"{file.relative_to(place)} {sha256}\n" for file, sha256 in sums.items())
+    if (place / ADAPTER).is_file():  # it works on the model that it belongs to
+        lines += fingerprint(stage, f"the model of the adapter {path}:", base_of_adapter(path), run_dir)["sha256"]
     return {"path": path, "sha256": hashlib.sha256(lines.encode()).hexdigest()}
 
 
@@ -90,7 +94,7 @@ def code_of(settings: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     names = {name for values in listed for value in values if isinstance(value, str) for name in value.split(",")}
     found = {}
     for name in sorted(name for name in names if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name)):
-        with contextlib.suppress(ImportError, ValueError):
+        with contextlib.suppress(Exception, SystemExit):  # of a package of the user's: load_function tells of it
             spec = importlib.util.find_spec(name.partition(":")[0])
             if spec and spec.origin and Path(spec.origin).suffix == ".py":
                 file = Path(spec.origin)

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import set_seed
+
 from pipeline.checkpoint import fault_of, save_checkpoint, step_of
 from pipeline.runtime.record import Stage
 
@@ -35,6 +37,8 @@ class Parts:
         self.number += 1
         if self.number <= len(self.kept):
             return self.kept[self.number - 1]
+        # A labeller or judge may draw: then the same numbers, whatever was made before
+        set_seed(self.stage.args.seed + 1_000_003 * self.number)
         content = make()
         text = json.dumps({"content": content, "seconds": self.stage.seconds})
 

@@ -1,6 +1,6 @@
 """Where a run begins: what makes two runs the same one, what is in the folder already, and what becomes of it.
 
-Nothing that was there is ever deleted. A run that cannot go on is refused; what has to make room is moved aside.
+No folder is deleted to make room. A run that cannot go on is refused; what has to make room is moved aside.
 """
 
 import contextlib
@@ -24,12 +24,13 @@ from pipeline.checkpoint import (
     write_json,
 )
 from pipeline.errors import NothingToDo, UserError
-from pipeline.identity import differences, fixed
+from pipeline.identity import differences, fixed, is_within
 from pipeline.lock import LOCK, hold
 from pipeline.runtime.inputs import LOGS, RECORD, changed_output, is_of_a_stage
 from pipeline.text.sources import is_local
 
 ANEW = "`--fresh True` begins anew and moves what is there aside"
+FRESH = "fresh"  # an empty file in checkpoints/: the run began with --fresh True
 
 
 def identity_of(
@@ -39,8 +40,11 @@ def identity_of(
 
     `bf16` is the precision that `mixed_precision: auto` came to on this machine.
     """
-    run_dir = str(config.get("run_dir"))
-    settings = {name: _renamed(value, run_dir) for name, value in fixed(config, stage).items()}
+    run_dir, read = str(config.get("run_dir")), {each.get("path") for each in inputs.values()}
+    # A path that is read counts by what is in it, however it is spelled
+    settings = {
+        n: _renamed(v, run_dir) for n, v in fixed(config, stage).items() if not isinstance(v, str) or v not in read
+    }
     sums = {key: read["sha256"] for key, read in inputs.items()}
     identity = {"stage": stage, "config": settings, "inputs": sums, "processes": processes, "bf16": bf16}
     return json.loads(json.dumps(identity))  # as it is read back
@@ -52,7 +56,7 @@ def _renamed(value: Any, run_dir: str) -> Any:
         return [_renamed(part, run_dir) for part in value]
     if not isinstance(value, str):
         return value
-    paths = ("{run_dir}" + p[len(run_dir) :] if f"{p}/".startswith(f"{run_dir}/") else p for p in value.split(","))
+    paths = ("{run_dir}" + p[len(run_dir) :] if is_within(p, run_dir) else p for p in value.split(","))
     return ",".join(paths)
 
 
@@ -118,7 +122,7 @@ def _strange(folder: Path) -> str | None:
     """The first thing in a folder that a stage's files would be mixed with; logs and hidden files are in no way, nor is
     what is left of a stage that was killed while it wrote its first file."""
     for path in sorted(folder.iterdir()):
-        harmless = path.name.startswith(".") or path.suffix in {*LOGS, ".md"}
+        harmless = path.name.startswith(".") or path.name == "README.md" or path.suffix in LOGS
         empty = path.is_dir() and all(inside.name.endswith(PARTIAL) for inside in path.iterdir())
         if not harmless and not empty:
             return path.name
@@ -136,14 +140,15 @@ class Resume:
     """
 
     def __init__(self, output_dir: Path, identity: dict[str, Any], fresh: bool, say: Callable[[str], None]) -> None:
-        self.output_dir, self.identity, self.say = output_dir, identity, say
+        self.output_dir, self.identity, self.fresh, self.say = output_dir, identity, fresh, say
         self.checkpoints, self.metrics_file = output_dir / "checkpoints", output_dir / METRICS
         self.checkpoint: Path | None = None
         self.aside, self.seconds = "", 0.0  # why the folder has to make room
         earlier = Earlier.of(output_dir)
         if earlier is None:
             return
-        if fresh:
+        goes_on = not earlier.finished and (self.checkpoints / FRESH).exists() and earlier.identity == identity
+        if fresh and not goes_on:  # the same command again, after a kill, goes on with what it began anew
             self.aside = "begins anew, as --fresh says"
         elif earlier.finished:
             self._look_at_finished(earlier)
@@ -189,6 +194,8 @@ class Resume:
             self.say(f"{self.output_dir} {self.aside}: it is kept as {moved}")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_json(self.checkpoints / IDENTITY, self.identity)
+        if self.fresh:
+            (self.checkpoints / FRESH).touch()
         for path in [*self.output_dir.glob(f"*{PARTIAL}"), *half_written(self.checkpoints)]:
             remove(path)
         self._take_metrics()
@@ -215,7 +222,7 @@ def move_aside(folder: Path) -> Path:
         number += 1
     try:
         place.rename(aside)
-        place.mkdir()
+        place.mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(
             f"{folder} cannot be moved aside ({error.strerror}); move it, or choose another output_dir"

@@ -24,6 +24,8 @@ GRACE_OF_AN_ORPHAN = 30.0  # the same, a step included, once the launcher is gon
 # Seconds within which a second signal is an echo of the first: `timeout` signals a process and then its whole group, a
 # launcher hands on what its workers got too.
 ECHO, ECHO_OF_A_LAUNCHER = 0.3, 2.0
+# Who takes over the children of a process that is gone; in a container, process 1 may be the launcher itself.
+INIT = re.compile(r"systemd|init|launchd|tini|dumb-init|docker-init|catatonit|s6-svscan")
 
 
 class Stopped(KeyboardInterrupt):
@@ -108,12 +110,14 @@ class _Watch:
                 _leave(number, "a second signal: left at once, nothing was saved")
             if heard and self.deferring and not (ready or told):
                 told = True
-                _print(f"{signal.Signals(number).name}: the run stops after this step; a second signal ends it at once")
+                _print_once(
+                    f"{signal.Signals(number).name}: the run stops as soon as it can; a second signal ends it at once"
+                )
             if heard and not self.deferring and now > self.deadline:
                 _leave(number, _WITHOUT_A_SAVE)
             if self.launcher is not None and not orphaned and os.getppid() != self.launcher:
                 orphaned = now
-                _print("the launcher of this process is gone: the run stops")
+                _print_once("the launcher of this process is gone: the run stops")
                 os.kill(os.getpid(), signal.SIGTERM)
             if orphaned and now > orphaned + GRACE_OF_AN_ORPHAN:
                 _leave(signal.SIGTERM, _WITHOUT_A_SAVE)
@@ -186,6 +190,12 @@ def _leave(number: int, why: str) -> None:
     os._exit(128 + number)
 
 
+def _print_once(text: str) -> None:
+    """Of several processes the main one says it."""
+    if os.environ.get("RANK", "0") == "0":
+        _print(text)
+
+
 def _print(text: str, end: str = "\n") -> None:
     with contextlib.suppress(OSError):  # the terminal may be gone too
         os.write(2, (text + end).encode())
@@ -194,7 +204,7 @@ def _print(text: str, end: str = "\n") -> None:
 def _launcher() -> int:
     """The process that launched this one; 0 where it is gone already, while this one was loading its libraries."""
     parent, first = os.getppid(), Path("/proc/1/cmdline")
-    if parent == 1 and first.exists() and not re.search(rb"python|accelerate|torchrun|deepspeed", first.read_bytes()):
+    if parent == 1 and first.exists() and INIT.match(Path(os.fsdecode(first.read_bytes().split(b"\0")[0])).name):
         return 0
     return parent
 

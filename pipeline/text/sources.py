@@ -184,7 +184,8 @@ def split_of(name: str) -> str | None:
     words_of = {word: split for split, words in SPLIT_WORDS.items() for word in words}
     told = []
     for part in reversed(name.split("/")):  # the file's own name first
-        words = re.split(r"[-_.\s]", part.lower())
+        # train1, trainset, test_data2
+        words = [re.sub(r"(set|data|split)?\d*$", "", word) for word in re.split(r"[-_.\s]", part.lower())]
         told += [split for split in [next((words_of[word] for word in words if word in words_of), None)] if split]
     if len(sides := {split for split in told if split in SIDES}) > 1:
         raise UserError(

@@ -9,6 +9,7 @@ What a model is trained on, sampled from and scored on is rendered here and nowh
 and `scored_ids`, with the end of an answer found by `turn_end`.
 """
 
+import datetime
 import json
 import os
 import re
@@ -34,6 +35,8 @@ PAD, END_OF_TEXT, SYSTEM, USER, ASSISTANT, END_OF_TURN = SPECIAL_TOKENS = (
 )
 
 ADAPTER = "adapter_config.json"
+DAY = datetime.datetime(2024, 7, 26)
+"""What a chat template that asks for the date is told, in every stage: Llama 3's own default."""
 
 # The markers tell TRL which tokens the assistant wrote; the end of its turn is one of them, or it never learns to stop.
 CHAT_TEMPLATE = (
@@ -246,7 +249,8 @@ def conversation_text(
     """
     check_template(tokenizer)
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        fixed: Any = {"strftime_now": DAY.strftime}  # or each run, and each row, might read another date
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **fixed, **options))
     except Exception as error:  # any at all: a template is a program that came with the model
         why = one_line(error) or type(error).__name__
     raise UserError(
@@ -336,6 +340,8 @@ def oddities(
     """Sentences on what nobody would guess from reading the texts, whose token ids are `ids`: special tokens that are
     spelt out become those tokens, and what the tokenizer has no entry for becomes the unknown one."""
     notes = []
+    if "strftime_now" in str(tokenizer.chat_template):
+        notes.append(f"the chat template writes a date; here that is always {DAY:%d %B %Y}, so that it never changes")
     special = {token for token in tokenizer.all_special_tokens if token.strip()}
     spelt = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True)))) if special else None
     found = [
