@@ -35,8 +35,12 @@ def test_what_a_kill_left_does_not_enter_the_next(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_removed_stops_no_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuses(*_: object, **__: object) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied")
+    unlink = os.unlink
+
+    def refuses(path: str | Path, **options: int) -> None:
+        if Path(path).suffix == ".bin":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        unlink(path, **options)
 
     save_checkpoint(tmp_path, 1, writer("one"))
     (tmp_path / "partial-00000002").mkdir()
