@@ -27,6 +27,49 @@ def test_what_a_kill_left_is_told_from_what_is_whole(tmp_path: Path) -> None:
     assert left == {"partial-00000004", "step-00000003", "checkpoint-7"}
 
 
+def test_what_a_kill_left_does_not_enter_the_next(tmp_path: Path) -> None:
+    (tmp_path / "partial-00000002").mkdir()
+    (tmp_path / "partial-00000002" / "stale.bin").write_text("old")
+    made = save_checkpoint(tmp_path, 2, writer("two"))
+    assert sorted(path.name for path in made.iterdir()) == ["manifest.json", "state.bin"]
+
+
+def test_what_cannot_be_removed_stops_no_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unlink = os.unlink
+
+    def refuses(path: str | Path, **options: int) -> None:
+        if Path(path).suffix == ".bin":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        unlink(path, **options)
+
+    save_checkpoint(tmp_path, 1, writer("one"))
+    (tmp_path / "partial-00000002").mkdir()
+    (tmp_path / "partial-00000002" / "stale.bin").write_text("old")
+    monkeypatch.setattr("os.unlink", refuses)
+    made = save_checkpoint(tmp_path, 2, writer("two"), keep=1)
+    assert latest_checkpoint(tmp_path) == made and (tmp_path / "step-00000001").exists()
+
+
+def test_files_of_the_system_are_no_damage(tmp_path: Path) -> None:
+    made = save_checkpoint(tmp_path, 2, writer("two"))
+    for name in (".DS_Store", ".nfs00012"):
+        (made / name).write_text("the system's own")
+    assert fault_of(made) is None
+    (made / ".hidden").write_text("somebody's")
+    assert fault_of(made) == ".hidden is not in its manifest"
+
+
+@pytest.mark.parametrize("manifest", ["[]", "{}", "123", '["state.bin"]', "null"])
+def test_a_manifest_of_another_shape_is_damaged(tmp_path: Path, manifest: str) -> None:
+    made = save_checkpoint(tmp_path, 2, writer("two"))
+    (made / "manifest.json").write_text(manifest)
+    assert fault_of(made) == "its manifest is damaged"
+
+
+def test_the_step_is_the_last_number_of_the_name() -> None:
+    assert [checkpoint.step_of(Path(name)) for name in ("step-00000012", "runs/my-run-7")] == [12, 7]
+
+
 def test_a_checkpoint_of_other_settings_is_passed_over(tmp_path: Path) -> None:
     folder, said = tmp_path / "checkpoints", []
     folder.mkdir()
