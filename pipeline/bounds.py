@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 
 Count = Annotated[int, Ge(1)]  # a whole number from 1 up
 CountOrZero = Annotated[int, Ge(0)]  # 0 where that means none
+Steps = Annotated[int, Interval(ge=1, lt=2**31)]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]

@@ -4,6 +4,7 @@ The report reads it, and the arguments take a run's name from here. The Makefile
 and `stages/` are held to it by tests/test_chain.py. Nothing of `stages/` is imported here.
 """
 
+import re
 from dataclasses import dataclass, field
 
 
@@ -83,3 +84,12 @@ CHAIN = (
     ),
     Stage(name="report", needs=("evaluate",), leaves="report.html, report.md and summary.json"),
 )
+
+
+def make_words(stage: str, run_dir: str) -> str:
+    """The make command for a stage of the run in `run_dir`, as a person types it: `make sft PRESET=smoke SEED=1`."""
+    named = re.fullmatch(r"runs/(?P<preset>[^/]+?)(-seed(?P<seed>\d+))?", run_dir.rstrip("/"))
+    if named is None:
+        return f"make {stage} RUN={run_dir}"
+    preset = "" if named["preset"] == "stories" else f" PRESET={named['preset']}"
+    return f"make {stage}{preset}" + (f" SEED={named['seed']}" if named["seed"] else "")

@@ -92,13 +92,17 @@ def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], keep
         raise
     shutil.rmtree(final, ignore_errors=True)
     beside.rename(final)
-    there = by_step(folder)
-    later = [checkpoint for checkpoint in there if step_of(checkpoint) > step]
-    for unused in later:
+    for unused in (checkpoint for checkpoint in by_step(folder) if step_of(checkpoint) > step):
         set_aside(unused)
-    for old in there[len(later) + keep :]:
-        shutil.rmtree(old, ignore_errors=True)
+    prune(folder, step, keep)
     return final
+
+
+def prune(folder: Path, step: int, keep: int = 2) -> None:
+    """Remove all checkpoints up to `step` but the newest `keep`: after one was written, and before a run goes on from
+    one, as a kill may have come in between."""
+    for old in [checkpoint for checkpoint in by_step(folder) if step_of(checkpoint) <= step][keep:]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def set_aside(checkpoint: Path) -> None:

@@ -368,6 +368,13 @@ def load_rewards(
 def _load_reward(name: str, device: torch.device | str | None, mixed_precision: str) -> RewardFunction:
     if is_function_name(name):
         return load_function(name)
+    file, _, function = name.partition(":")
+    if file.endswith(".py"):
+        module = file[:-3].strip("./").replace("/", ".")
+        raise UserError(
+            f"reward {name}: a reward is a model's folder or `module:function`; write {module}:{function or 'name'}, "
+            "and start in a folder where Python finds the module"
+        )
     if ":" in name and "/" not in name and not Path(name).exists():
         raise UserError(f"reward {name}: there is no such folder, and a function is named module:function")
     return RewardModel(name, device, mixed_precision)

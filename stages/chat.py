@@ -18,6 +18,7 @@ from typing import Any, TextIO
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.chain import make_words
 from pipeline.errors import UserError
 from pipeline.identity import is_within
 from pipeline.judging import plain_text
@@ -121,7 +122,9 @@ def open_chat(args: ChatArguments) -> Chat:
     """Load model and tokenizer. Raises UserError where they cannot talk."""
     path = Path(args.model_name_or_path)
     if is_within(args.model_name_or_path, args.run_dir) and not path.exists():
-        raise UserError(f"chat: {path} does not exist; run `make {path.name}` first, or set model_name_or_path")
+        raise UserError(
+            f"chat: {path} does not exist; run `{make_words(path.name, args.run_dir)}` first, or set model_name_or_path"
+        )
     model = load_policy(args.model_name_or_path, "cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(args.model_name_or_path)
     fit_embeddings(model, tokenizer, args.model_name_or_path)

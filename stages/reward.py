@@ -201,7 +201,12 @@ def accuracy_sentence(metrics: dict[str, Any]) -> str:
     )
     if low > 0.5:
         return said
-    return f"warning: {said}: no better than guessing; see whether the labels fit the answers, or give more pairs"
+    if high < 0.5:
+        return f"warning: {said}: worse than guessing; see whether chosen and rejected are exchanged"
+    return (
+        f"warning: {said}: this cannot be told from guessing; give more held-out pairs, or see whether the labels fit "
+        "the answers"
+    )
 
 
 def calibration(margins: torch.Tensor) -> dict[str, list]:

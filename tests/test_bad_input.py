@@ -390,11 +390,19 @@ MODELS = [
         {"rows.jsonl": many(ASK)},
         other_vocabulary,
     ),
+    Bad(
+        "one of two matrices",
+        "ppo",
+        D + " --use_peft true --lora_target_modules q_proj nothere",
+        "no module nothere",
+        {"rows.jsonl": many(ASK)},
+    ),
     Bad("no such matrices", "ppo", D + " --use_peft true --lora_target_modules wq", "wq", {"rows.jsonl": many(ASK)}),
 ]
 NUMBERS = [
     Bad("no steps", "sft", "--max_steps 0", "max_steps: 0"),
     Bad("fewer than none", "sft", "--max_steps -5", "max_steps: -5"),
+    Bad("too many steps", "sft", "--max_steps 99999999999999999999", "max_steps: 9"),
     Bad("no learning", "sft", "--learning_rate 0", "learning_rate: 0"),
     Bad("not a number", "sft", "--learning_rate nan", "learning_rate: nan"),
     Bad("infinite", "sft", "--learning_rate inf", "learning_rate: inf"),
@@ -421,6 +429,8 @@ REWARDS = [
     Bad("no function", "ppo", "--reward math:nothing", "the module math has no function nothing"),
     Bad("no function but a number", "ppo", "--reward math:pi", "reward math:pi"),
     Bad("a file's name", "ppo", "--reward mine.py:f", "write mine:f, without .py"),
+    Bad("a file", "ppo", "--reward {tmp}/mine.py", "a model's folder or `module:function`", {"mine.py": "x = 1"}),
+    Bad("a file's function", "ppo", "--reward code/mine.py:see", "write code.mine:see"),
     Bad("a module that fails", "ppo", "--reward broken_reward:f", "broken_reward.*ZeroDivisionError"),
     Bad("a module that leaves", "ppo", "--reward leaving_reward:f", "leaving_reward.*SystemExit"),
     Bad("no folder", "ppo", "--reward {tmp}/none", "none"),
@@ -470,23 +480,22 @@ FILE_SYSTEM = [
 FRESH = "--run_dir {tmp}/fresh --output_dir {tmp}/fresh/out"
 LAUNCH = [
     Bad(
-        "pretrain first",
-        "pretrain",
-        FRESH + " --tokenizer_name_or_path {tmp}/fresh/tokenizer",
-        "run `make tokenizer` first",
+        "another preset",
+        "sft",
+        "--config {cwd}/configs/smoke/sft.yaml --seed 77",
+        "run `make pretrain PRESET=smoke SEED=77` first",
     ),
-    Bad("sft first", "sft", FRESH + " --model_name_or_path {tmp}/fresh/pretrain", "run `make pretrain` first"),
-    Bad("preferences first", "preferences", FRESH + " --model_name_or_path {tmp}/fresh/sft", "run `make sft` first"),
-    Bad(
-        "reward first", "reward", FRESH + " --model_name_or_path {tmp}/fresh/sft", "run `make (sft|preferences)` first"
-    ),
-    Bad("ppo first", "ppo", FRESH + " --model_name_or_path {tmp}/fresh/sft", "run `make sft` first"),
-    Bad("evaluate first", "evaluate", FRESH + " --pretrain_model {tmp}/fresh/pretrain", "run `make pretrain` first"),
+    Bad("pretrain first", "pretrain", FRESH + " --tokenizer_name_or_path {tmp}/fresh/tokenizer", "run `make tokenizer"),
+    Bad("sft first", "sft", FRESH + " --model_name_or_path {tmp}/fresh/pretrain", "run `make pretrain"),
+    Bad("preferences first", "preferences", FRESH + " --model_name_or_path {tmp}/fresh/sft", "run `make sft"),
+    Bad("reward first", "reward", FRESH + " --model_name_or_path {tmp}/fresh/sft", "run `make (sft|preferences)"),
+    Bad("ppo first", "ppo", FRESH + " --model_name_or_path {tmp}/fresh/sft", "run `make sft"),
+    Bad("evaluate first", "evaluate", FRESH + " --pretrain_model {tmp}/fresh/pretrain", "run `make pretrain"),
     Bad(
         "half a stage",
         "sft",
         FRESH + " --model_name_or_path {tmp}/fresh/pretrain",
-        "is not complete; run `make pretrain` first",
+        "is not complete; run `make pretrain",
         {"fresh/pretrain/config.json": "{}", "fresh/pretrain/checkpoints/identity.json": "{}"},
     ),
     Bad("nothing to report", "report", "--run_dir {tmp}/fresh --output_dir {tmp}/fresh/report", "fresh"),
@@ -572,7 +581,7 @@ def test_bad_input(
     if bad.prepare:
         bad.prepare(tmp_path)
     before = contents(tmp_path) | contents(run)
-    own = bad.words.replace("{tmp}", str(tmp_path)).replace("{run}", str(run)).split(" ")
+    own = bad.words.replace("{cwd}", str(ROOT)).replace("{tmp}", str(tmp_path)).replace("{run}", str(run)).split(" ")
     places = ["--run_dir", str(tmp_path / "run"), "--output_dir", str(tmp_path / "out")]
     monkeypatch.setattr("sys.argv", [bad.stage, *_first(own, [*places, *small(bad.stage, run)]), *own])
     with pytest.raises(SystemExit) as leaving:

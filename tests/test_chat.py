@@ -208,7 +208,7 @@ def test_a_pretrained_model_goes_on_from_the_text(run: Path, capsys: pytest.Capt
 
 
 def test_a_missing_model_is_a_sentence(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"ppo does not exist; run `make ppo` first"):
+    with pytest.raises(UserError, match=r"ppo does not exist; run `make ppo"):
         open_chat(arguments(tmp_path))
     with pytest.raises(UserError, match="no model"):
         open_chat(arguments(run, model_name_or_path=str(tmp_path)))

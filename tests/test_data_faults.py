@@ -847,7 +847,7 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
             {"prompt": "Q#", "response": "A", "label": "math"},
             "the columns are prompt, response, label, but instructions",
         ),
-        ({**ROW, "persona": "A pirate."}, None),
+        ({"instruction": "Q#", "output": "A", "persona": "A pirate."}, None),
         ({**ROW, "passage": "It rains."}, "the row has 'passage', which no stage can use"),
         ({**ROW, "label": "unsafe"}, "the rows are unpaired"),
         ({**ROW, "feedback": False}, "the rows are unpaired"),
@@ -887,3 +887,10 @@ def test_a_score_of_any_size_is_kept(tmp_path: Path) -> None:
     row = {"prompt": "Q", "chosen": "A", "rejected": "B", "chosen_score": 10**30, "rejected_score": 0}
     loaded = data.load_preferences(write_rows(tmp_path / "rows.jsonl", [row] * 5), split="train")
     assert loaded.rows["chosen_score"][0] == 1e30
+
+
+def test_conversations_that_begin_alike_are_told_apart_by_the_rest(tmp_path: Path) -> None:
+    rows = [{"instruction": f"Q{i}", "output": "A", "history": [["Hi", "Hello"]]} for i in range(60)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    sizes = [len(data.load_instructions(file, split=split).rows) for split in ("train", "validation", "test")]
+    assert sizes == [54, 3, 3]

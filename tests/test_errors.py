@@ -73,14 +73,14 @@ def test_unknown_key_and_wrong_type(fails) -> None:
 
 def test_stage_before_the_one_it_needs(fails, tmp_path: Path) -> None:
     words = ("--run_dir", str(tmp_path / "fresh"), "--output_dir", str(tmp_path / "fresh/out"))
-    assert "run `make tokenizer` first" in fails("pretrain", *words)
-    assert "run `make pretrain` first" in fails("sft", *words)
-    assert "run `make sft` first" in fails("reward", *words)
-    assert "run `make sft` first" in fails("ppo", *words)
+    assert "run `make tokenizer" in fails("pretrain", *words)
+    assert "run `make pretrain" in fails("sft", *words)
+    assert "run `make sft" in fails("reward", *words)
+    assert "run `make sft" in fails("ppo", *words)
     half = tmp_path / "fresh" / "pretrain"  # killed before it was complete
     (half / "checkpoints").mkdir(parents=True)
     (half / "config.json").write_text("{}")
-    assert "is not complete; run `make pretrain` first" in fails("sft", *words)
+    assert "is not complete; run `make pretrain" in fails("sft", *words)
 
 
 def test_tokenizer_that_does_not_fit(fails, smoke: Path, tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_the_report_holds_the_figures_beside_a_record_to_it(run: Path) -> None:
         open_sft(run, place="pretrain/stage.json")
 
 
-@pytest.mark.parametrize("record", ["{}", '{"outputs": 3}', None])
+@pytest.mark.parametrize("record", ['{"stage": "pretrain"}', '{"stage": "pretrain", "outputs": 3}', None])
 def test_a_folder_without_sums_is_taken_as_it_is(run: Path, record: str | None) -> None:
     file = run / "pretrain/stage.json"
     file.unlink()
@@ -100,6 +100,12 @@ def test_a_folder_without_sums_is_taken_as_it_is(run: Path, record: str | None) 
     else:
         shutil.rmtree(run / "pretrain/checkpoints")
     assert len(open_sft(run).inputs["model"]["sha256"]) == 64
+
+
+def test_an_empty_record_does_not_switch_the_check_off(run: Path) -> None:
+    (run / "pretrain/stage.json").write_text("{}")
+    with pytest.raises(UserError, match="stage.json is no record of a stage; make the folder anew"):
+        open_sft(run)
 
 
 def test_a_damaged_record_is_a_sentence(run: Path) -> None:

@@ -314,7 +314,7 @@ def test_stage_without_a_gold_judge(run: Path, tmp_path: Path) -> None:
 
 
 def test_stage_says_which_stage_is_missing(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"ppo .*does not exist; run `make ppo` first"):
+    with pytest.raises(UserError, match=r"ppo .*does not exist; run `make ppo"):
         stage.main(arguments(run, ppo_model=f"{run}/nothing/ppo"))
     with pytest.raises(UserError, match="best_of: 0"):
         stage.main(arguments(run, best_of=0))

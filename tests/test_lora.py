@@ -73,7 +73,10 @@ def test_lora_changes_nothing_until_it_is_trained():
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
-    [({"target_modules": ["no_such_matrix"]}, "LoRA: .*no_such_matrix"), ({"r": 0}, "LoRA: .*positive")],
+    [
+        ({"target_modules": ["no_such_matrix"]}, "lora_target_modules: the model has no module no_such_matrix"),
+        ({"r": 0}, "LoRA: .*positive"),
+    ],
 )
 def test_impossible_lora_is_one_sentence(options, sentence):
     with pytest.raises(UserError, match=sentence):

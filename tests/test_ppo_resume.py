@@ -55,6 +55,17 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, killed_after):
     assert whole.state.tokens == second.state.tokens
 
 
+def test_what_a_kill_left_of_older_checkpoints_goes(tmp_path, monkeypatch):
+    """Killed after the last checkpoint was written, and before the one that it replaces was removed."""
+    monkeypatch.setattr("pipeline.checkpoint.prune", lambda *_: None)
+    trainer(tmp_path, save_steps=1).train()
+    monkeypatch.undo()
+    names = [f"step-0000000{step}" for step in (1, 2, 3, 4)]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == names
+    trainer(tmp_path, save_steps=1).train()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == names[2:]
+
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
     first = trainer(tmp_path, save_steps=1, callbacks=[kill_after(3)])
     with pytest.raises(Killed):

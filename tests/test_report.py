@@ -245,7 +245,7 @@ def test_an_empty_run_and_damaged_files_are_user_errors(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     (folder / "ppo/metrics.jsonl").write_text('{"step": 1}\n{"st')
     with pytest.raises(
-        UserError, match=r"ppo/metrics.jsonl has a line that is not JSON \(line 2\); run `make ppo ARGS"
+        UserError, match=r"ppo/metrics.jsonl has a line that is not JSON \(line 2\); run `make ppo RUN="
     ):
         make(folder)
     (folder / "ppo/metrics.jsonl").write_text("")
@@ -286,7 +286,7 @@ def test_a_damaged_file_is_named_with_the_stage_to_run_again(
     if isinstance(content, dict):
         content = json.dumps(json.loads((folder / file).read_text()) | content)
     (folder / file).write_text(content)
-    with pytest.raises(UserError, match=rf"report: .*{file} .*{sentence}.*; run `make {file.split('/')[0]} ARGS"):
+    with pytest.raises(UserError, match=rf"report: .*{file} .*{sentence}.*; run `make {file.split('/')[0]} RUN="):
         make(folder)
 
 

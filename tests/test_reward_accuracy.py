@@ -30,5 +30,7 @@ def test_accuracy_comes_with_its_interval_and_number(tmp_path, right: int, wrong
     assert metrics["accuracy"] == pytest.approx(right / (right + wrong)) and metrics["accuracy_n"] == right + wrong
     assert low < metrics["accuracy"] <= high + 1e-9 and (low <= 0.5) == warns
     said = accuracy_sentence(metrics)
-    assert said.startswith("warning: ") == ("no better than guessing" in said) == warns
+    assert said.startswith("warning: ") == warns
+    assert ("cannot be told from guessing" in said) == (warns and high >= 0.5)
+    assert ("worse than guessing; see whether chosen and rejected are exchanged" in said) == (high < 0.5)
     assert f"95% interval {low:.3f} to {high:.3f}, n {right + wrong}" in said

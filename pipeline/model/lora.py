@@ -29,6 +29,11 @@ def add_lora(
         target_modules = ALL_LINEAR
     elif not isinstance(target_modules, str) and ALL_LINEAR in target_modules:
         raise UserError(f"lora_target_modules: {ALL_LINEAR} stands for every matrix of the blocks; give it alone")
+    names = [] if isinstance(target_modules, str) else list(target_modules)
+    if lost := [n for n in names if not any(f".{m}".endswith(f".{n}") for m, _ in model.named_modules())]:
+        raise UserError(
+            f"lora_target_modules: the model has no module {', '.join(lost)}; see its names with print(model)"
+        )
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,

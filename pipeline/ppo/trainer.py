@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.checkpoint import latest_checkpoint, write_json
+from pipeline.checkpoint import latest_checkpoint, prune, write_json
 from pipeline.errors import UserError
 from pipeline.model.hardware import keep_freed_memory
 from pipeline.model.lora import is_lora, save_whole
@@ -361,6 +361,8 @@ class PPOTrainer:
         point = self.recorder.resume_from if self.state.updates_done == 0 else None
         if point is not None:
             self.state = load_state(point, self.learner, self._identity())
+            if self.accelerator.is_main_process:
+                prune(self.recorder.checkpoints, self.state.updates_done)
             done, total = self.state.updates_done, self.args.total_updates
             self.recorder.say(f"{point}: {done} of {total} updates are done")
         self.resumed = True

@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from pipeline.chain import CHAIN
+from pipeline.chain import CHAIN, make_words
 from pipeline.errors import UserError
 
 STAGES = {stage.name: stage for stage in CHAIN if stage.name != "report"}
@@ -163,7 +163,7 @@ def _is_interval(value: Any) -> bool:
 
 
 def _unreadable(file: Path, problem: str) -> UserError:
-    again = f"run `make {file.parent.name} ARGS='--fresh True'` to make it again"
+    again = f"run `{make_words(file.parent.name, str(file.parents[1]))} ARGS='--fresh True'` to make it again"
     return UserError(f"report: {file} {problem}; {again}")
 
 

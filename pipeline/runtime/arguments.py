@@ -6,7 +6,7 @@ pipeline/runtime/command_line.py fills them from a YAML file and the command lin
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.bounds import Count, CountOrZero, Decay, Even, NotNegative, Positive, PositiveShare, Seed
+from pipeline.bounds import Count, CountOrZero, Decay, Even, NotNegative, Positive, PositiveShare, Seed, Steps
 
 Precision = Literal["auto", "bf16", "no"]
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "warmup_stable_decay"]
@@ -64,7 +64,7 @@ class SamplingFields(DataFields):
 class TrainingFields(DataFields):
     """Fields of the stages that train with transformers' Trainer (pretrain, sft, reward), under its names."""
 
-    max_steps: Count = 1000
+    max_steps: Steps = 1000
     """Optimizer steps."""
     per_device_train_batch_size: Count = 32
     """Rows in one forward pass on one device."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.chain import make_words
 from pipeline.checkpoint import IDENTITY, MANIFEST, METRICS, PARTIAL, fault_of, read_object, sha256_of
 from pipeline.errors import UserError
 from pipeline.identity import is_within
@@ -38,7 +39,9 @@ def content_of(folder: Path, deep: bool = True) -> list[Path]:
 
 def is_of_a_stage(folder: Path) -> bool:
     """Whether a stage has begun to write `folder`."""
-    return (folder / RECORD).exists() or (folder / "checkpoints" / IDENTITY).exists()
+    checkpoints = folder / "checkpoints"
+    begun = (checkpoints / IDENTITY).exists() or any(checkpoints.glob(f"*-*/{IDENTITY}"))
+    return (folder / RECORD).exists() or begun
 
 
 def outputs_of(folder: Path) -> dict[str, str | None]:
@@ -61,11 +64,15 @@ def fingerprint(stage: str, key: str, path: str, run_dir: str) -> dict[str, str]
     if not place.exists():
         if key == "dataset" and not of_this_run:
             find_sources(path)  # raises with the nearest names
-        hint = f"run `make {place.name}` first" if of_this_run else "check the path"
+        hint = f"run `{make_words(place.name, run_dir)}` first" if of_this_run else "check the path"
         raise UserError(f"{stage}: {key} {path} does not exist; {hint}")
     begun = is_of_a_stage(place) or (of_this_run and (place / "checkpoints").is_dir())
     if begun and not (place / RECORD).exists():
-        hint = f"run `make {place.name}` first" if of_this_run else "let the stage that writes it end first"
+        hint = (
+            f"run `{make_words(place.name, run_dir)}` first"
+            if of_this_run
+            else "let the stage that writes it end first"
+        )
         raise UserError(f"{stage}: {key} {path} is not complete; {hint}")
     try:
         files = [place] if place.is_file() else content_of(place, deep=key == "dataset")
@@ -116,6 +123,8 @@ def check_as_left(what: str, place: Path, sums: dict[Path, str]) -> None:
     record = read_object(folder / RECORD) if folder else {}
     if record is None:
         raise UserError(f"{what}: {folder}/{RECORD} is damaged; make the folder anew (`--fresh True`)")
+    if folder and "stage" not in record:
+        raise UserError(f"{what}: {folder}/{RECORD} is no record of a stage; make the folder anew (`--fresh True`)")
     outputs = record.get("outputs")
     if folder is None or not isinstance(outputs, dict):
         return

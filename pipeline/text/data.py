@@ -312,8 +312,12 @@ def _load(kind: formats.Kind, dataset: str, split: Split, seed: int, size: int |
         found = _found(choice.sources, kind)
         rows, notes = found.completed(kind), choice.notes + found.notes(dataset, kind)
         if rows and not choice.named:
-            keys = [_prompt_key(row["prompt"]) for _, row in rows]
-            rows = _part(rows, keys, split, map(_prompt_key, found.other_prompts))
+            key = _prompt_key
+            if (
+                len({key(row["prompt"]) for _, row in rows}) < 3
+            ):  # all begin with the same words: the rest tells them apart
+                key = _whole_key
+            rows = _part(rows, [key(row["prompt"]) for _, row in rows], split, map(key, found.other_prompts))
         random.Random(seed).shuffle(rows)
         if len(rows) < len(found.rows):
             notes.append(f"{len(rows):,} of {len(found.rows):,} rows are for '{split}'")
@@ -398,6 +402,11 @@ def _completed(rows: list[Row], kind: formats.Kind) -> list[Row]:
     return [missing | row for row in rows]
 
 
+def _whole_key(prompt: formats.Answer) -> bytes:
+    """A hash of all that is asked."""
+    return hashlib.blake2b(formats.text_of(prompt).encode()).digest()
+
+
 def _prompt_key(prompt: formats.Answer) -> bytes:
     """A hash of what decides a row's split: its prompt, of a conversation the first thing the user said."""
     asked = prompt if isinstance(prompt, str) else formats.text_of(prompt)
@@ -443,7 +452,10 @@ def _part(rows: list[T], keys: list[bytes], split: Split, others: Iterable[bytes
     if len(ranked) < 3:
         if _side(split) == "train":
             return rows
-        raise UserError(f"dataset: {len(ranked)} prompts or documents are too few to hold any out for '{split}'")
+        raise UserError(
+            f"dataset: {len(ranked)} different prompts or documents are too few to hold any out for '{split}'; give "
+            f"more of them, or a file for it in one folder with the others (train.jsonl, {split}.jsonl)"
+        )
     share = max(1, round(len(ranked) * HELD_OUT))
     held_out = dict.fromkeys(ranked[:share], "test") | dict.fromkeys(ranked[share : 2 * share], "validation")
     return [row for row, key in zip(rows, keys, strict=True) if held_out.get(key, "train") == _side(split)]
