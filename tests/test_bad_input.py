@@ -27,6 +27,7 @@ from pipeline.runtime.console import run as run_stage
 from pipeline.runtime.ppo_arguments import PPOArguments
 from stages import evaluate, ppo, preferences, pretrain, report, reward, sft, tokenizer
 
+pytestmark = pytest.mark.slow  # the table as a whole
 STAGES: dict[str, tuple[Callable[[Any], None], type]] = {
     "tokenizer": (tokenizer.main, arguments.TokenizerArguments),
     "pretrain": (pretrain.main, arguments.PretrainArguments),

@@ -21,7 +21,7 @@ from pipeline.runtime.ppo_arguments import PPOArguments
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "reward_data/README.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 # Options of other programs than the stages and the benchmarks.
-FOREIGN = {"config", "config_file", "help"}
+FOREIGN = {"config", "config_file", "help", "sample"}
 KINDS = [kind for name, kind in vars(arguments).items() if name.endswith("Arguments")] + [PPOArguments]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -114,7 +114,9 @@ def test_commands_of_stages_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(ROOT)
     for stage, *words in stage_commands(page.read_text(encoding="utf-8")):
         kind = arguments_of(stage)
-        assert kind or stage.startswith("bench") or stage in ("course", "torture"), f"{page.name}: {stage} is no stage"
+        assert kind or stage.startswith("bench") or stage in ("course", "torture", "mutants"), (
+            f"{page.name}: {stage} is no stage"
+        )
         if kind and "--help" not in words:
             parse(kind, words)
 

@@ -103,6 +103,7 @@ def left_by(output: Path) -> dict[str, Any]:
 
 
 # One of them shows the kind, in a second.
+pytestmark = pytest.mark.slow  # each trains and trains again
 ALL = ["pretrain", *(pytest.param(name, marks=pytest.mark.slow) for name in STAGES if name != "pretrain")]
 
 

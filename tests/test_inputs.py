@@ -104,7 +104,7 @@ def test_a_folder_without_sums_is_taken_as_it_is(run: Path, record: str | None) 
 
 def test_an_empty_record_does_not_switch_the_check_off(run: Path) -> None:
     (run / "pretrain/stage.json").write_text("{}")
-    with pytest.raises(UserError, match="stage.json is no record of a stage; make the folder anew"):
+    with pytest.raises(UserError, match=r"stage\.json is no record of a stage; make the folder anew"):
         open_sft(run)
 
 

@@ -296,6 +296,7 @@ def test_several_answers_to_a_prompt(tmp_path):
     assert len({tuple(row) for row in rollout.sequences.tolist()}) > 2
 
 
+@pytest.mark.slow
 def test_all_of_it_is_resumed_to_the_bit(tmp_path):
     options = {
         "ref_sync_updates": 2,

@@ -136,6 +136,7 @@ def test_marks_lose_no_character_and_move_no_cursor() -> None:
             assert made.replace("[[", "").replace("]]", "") == text.replace("\x1b", "\\x1b")
 
 
+@pytest.mark.slow
 def test_make_show_names_its_stage() -> None:
     done = make("-n", "show", "STAGE=sft", "PRESET=smoke", "RUN=runs/x", "SEED=2")
     command = "-m stages.sft --config configs/smoke/sft.yaml --run_dir runs/x --seed 2"

@@ -45,7 +45,7 @@ def test_fingerprints_follow_content_and_name_what_is_missing(tmp_path: Path) ->
         Stage(arguments(tmp_path), "sft", {"model": str(model)})
     (model / "config.json").write_text("{}")
     one = Stage(arguments(tmp_path), "sft", {"model": str(model)}).inputs["model"]["sha256"]
-    (model / "stage.json").write_text("{}")  # when it was made does not change what it is
+    (model / "stage.json").write_text('{"stage": "sft"}')  # when it was made does not change what it is
     assert Stage(arguments(tmp_path), "sft", {"model": str(model)}).inputs["model"]["sha256"] == one
     (model / "config.json").write_text("{ }")
     assert Stage(arguments(tmp_path), "sft", {"model": str(model)}).inputs["model"]["sha256"] != one

@@ -32,6 +32,7 @@ def test_near_equal_documents_are_one(tmp_path: Path, caplog: pytest.LogCaptureF
     assert sorted(rest) == sorted(text for text in parts[0] if data.document_key(text) not in keys)
 
 
+@pytest.mark.slow
 def test_many_short_documents_take_linear_time(tmp_path: Path) -> None:
     """The quadratic way took 10 s of CPU for these and 110 s for 200,000."""
     file = write_rows(tmp_path / "many.jsonl", [{"text": f"document {i}", "prompt": f"p{i}"} for i in range(60_000)])

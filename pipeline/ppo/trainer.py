@@ -207,10 +207,11 @@ class PPOTrainer:
         for callback in self.callbacks:
             callback(self, metrics)
         self.stop_if_asked()
-        if self.args.save_steps and state.updates_done == self.args.total_updates:
-            self.save_state()  # nothing is lost if the last evaluation is broken off
+        last = state.updates_done == self.args.total_updates
+        if self.args.save_steps and last:
+            self.save_state()  # nothing is lost if the last evaluation is broken off; it is then made again
         self.evaluate_if_due()
-        if self.args.save_steps and state.updates_done % self.args.save_steps == 0:
+        if self.args.save_steps and not last and state.updates_done % self.args.save_steps == 0:
             self.save_state()
         return metrics
 
