@@ -271,14 +271,6 @@ def test_turns_of_one_conversation_stay_together(tmp_path: Path) -> None:
     assert [len(words) for words in first_words] == [54, 3, 3] and len(set.union(*first_words)) == 60
 
 
-def test_talk_that_no_user_began_has_a_side_too(tmp_path: Path) -> None:
-    talks = [[{"role": "system", "content": f"Tell tale {i}."}, *assistant("Once")] for i in range(60)]
-    file = write_rows(tmp_path / "talks.jsonl", [{"messages": talk} for talk in talks])
-    parts = [data.load_instructions(file, split=split).rows.to_list() for split in ("train", "validation", "test")]
-    assert list(map(len, parts)) == [54, 3, 3]
-    assert {row["prompt"][0]["content"] for part in parts for row in part} == {f"Tell tale {i}." for i in range(60)}
-
-
 def test_a_folder_is_taken_at_its_word(tmp_path: Path) -> None:
     for name, count in (("train", 30), ("test", 5)):
         write_rows(tmp_path / f"{name}.jsonl", [{"prompt": f"{name}{i}", "completion": "x"} for i in range(count)])
