@@ -151,7 +151,7 @@ coverage: | $(READY) ## all tests, and the share of lines that they run
 golden: | $(READY) ## make tests/golden_ppo.json anew, after a change that is meant to change numbers
 	@PYTHONPATH=. python tests/golden.py
 
-mutants: | $(READY) ## plant faults in five files and count those that no test notices (half an hour; ARGS="--sample 40" or "--only packing")
+mutants: | $(READY) ## plant faults in five files and count those that no test notices (over an hour; ARGS="--sample 40" or "--only packing")
 	@python -c 'import mutmut' 2>/dev/null || pip install --quiet --constraint constraints.txt --editable '.[dev,mutants]'
 	@python tests/mutants.py $(ARGS)
 

@@ -63,6 +63,7 @@ def test_the_head_alone_warms_up(tmp_path):
     made.train()
     assert [resting for resting, _ in after] == [True, True, False]
     assert not torch.equal(made.models.critic.weight, head)
+    assert "loss/policy_avg" not in after[0][1] and "loss/value_avg" in after[0][1]
     assert "policy/grad_norm" not in after[0][1] and after[0][1]["critic/grad_norm"] > 0
     assert after[2][1]["val/ratio_first"] == 1.0 and "policy/grad_norm" in after[2][1]
 

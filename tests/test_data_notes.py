@@ -1,0 +1,95 @@
+"""What the loader says of the rows of several files, to the letter, and what it makes of them together."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.text import data
+from reward_data.formats import assistant, user
+
+TEXT = [{"prompt": "t", "completion": "o"}]
+PAIR = [{"prompt": "t", "chosen": "o", "rejected": "p"}]
+
+
+def folder_of(folder: Path, **files: list[dict]) -> str:
+    """A folder whose `train_1`, `train_2` and `test` are files of rows."""
+    for name, rows in files.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name.replace('_', '-')}.jsonl").write_text(lines, encoding="utf-8")
+    return str(folder)
+
+
+def test_rows_of_all_files_are_counted(tmp_path: Path) -> None:
+    one = [{"instruction": f"i{i}", "output": "o" if i else "", "source": "s"} for i in range(4)]
+    two = [{"messages": talk, "id": 1} for talk in (user("q") + assistant("r"), user("q") + assistant(""), user("q"))]
+    name = folder_of(tmp_path, train_1=one, train_2=two, test=TEXT)
+    loaded = data.load_instructions(name, split="train")
+    assert loaded.notes == [
+        f"{name} (alpaca and messages): 7 rows read, 3 rows dropped: 2 empty reply, 1 no reply by the assistant",
+        f"{name}: not used: source, id",
+    ]
+    assert sorted(loaded.places) == [
+        *(f"{name}/train-1.jsonl, line {line}" for line in (2, 3, 4)),
+        f"{name}/train-2.jsonl, line 1",
+    ]
+    assert data.load_instructions(name, split="train", size=1).rows.num_rows == 1
+    rows = {row["prompt"][0]["content"]: place for row, place in zip(loaded.rows, loaded.places, strict=True)}
+    assert rows["i1"].endswith("train-1.jsonl, line 2") and rows["q"].endswith("train-2.jsonl, line 1")
+
+
+def test_where_nothing_was_dropped_nothing_is_said_of_it(tmp_path: Path) -> None:
+    name = folder_of(tmp_path, train_1=TEXT, train_2=TEXT * 2, test=TEXT)
+    assert data.load_instructions(name, split="train").notes == [f"{name} (prompt and completion): 3 rows read"]
+
+
+def test_prompts_taken_off_are_counted(tmp_path: Path) -> None:
+    long = [{"prompt": f"A long question {i}", "completion": f"A long question {i} answer"} for i in range(3)]
+    name = folder_of(tmp_path, train_1=long[:2], train_2=long[2:], test=TEXT)
+    loaded = data.load_instructions(name, split="train")
+    assert loaded.notes[1:] == [f"{name}: answers began with their own prompt in 3 rows; it was taken off"]
+    assert [row["completion"] for row in loaded.rows] == [" answer"] * 3
+
+
+def test_prompts_that_contradict_are_counted(tmp_path: Path) -> None:
+    talks = [user(f"Hi {i}") for i in range(3)]
+    rows = [{"prompt": "other", "chosen": talk + assistant("x"), "rejected": talk + assistant("y")} for talk in talks]
+    name = folder_of(tmp_path, train_1=rows[:2], train_2=rows[2:], test=PAIR)
+    assert data.load_preferences(name, split="train").notes[1:] == [
+        f"{name}: the field 'prompt' is not in the conversation beside it in 3 rows; the conversation was used"
+    ]
+
+
+def test_text_in_one_file_and_messages_in_another_are_refused(tmp_path: Path) -> None:
+    name = folder_of(tmp_path, train_1=TEXT, train_2=[{"messages": user("q") + assistant("r")}], test=TEXT)
+    with pytest.raises(UserError) as caught:
+        data.load_instructions(name, split="train")
+    place = f"dataset: {name}/train-2.jsonl, line 1"
+    assert str(caught.value) == f"{place}: field 'prompt' is text in one file and messages in another"
+
+
+def test_a_column_of_one_file_is_there_in_all(tmp_path: Path) -> None:
+    """A pair without the mark is not flipped; of any other column nothing is known."""
+    flipped = [{"prompt": "x", "chosen": "y", "rejected": "z", "flipped": True, "key": 1}]
+    name = folder_of(tmp_path, train_1=flipped, train_2=PAIR, test=PAIR)
+    pairs = {row["prompt"]: row["flipped"] for row in data.load_preferences(name, split="train").rows}
+    assert pairs == {"x": True, "t": False}
+    rows = {row["prompt"]: row["flipped"] for row in data.load_prompts(name, split="train").rows}
+    assert rows == {"x": True, "t": None}
+
+
+def test_a_missing_column_is_named_with_what_to_do(tmp_path: Path) -> None:
+    name = folder_of(tmp_path, train_1=[{"story": "once", "id": 1}], test=[{"story": "twice"}])
+    with pytest.raises(UserError) as caught:
+        data.load_texts(name, split="train")
+    assert str(caught.value) == (
+        f"dataset: {name}/train-1.jsonl has no text column 'text', only story, id; name the right one in text_column"
+    )
+
+
+def test_empty_documents_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    texts = [{"text": text} for text in ("", "a", " ", "b", "\n")]
+    name = folder_of(tmp_path, train_1=texts, test=[{"text": "c"}])
+    assert sorted(data.load_texts(name, split="train")) == ["a", "b"]
+    assert f"{name}/train-1.jsonl: 3 of 5 documents are empty and were left out" in caplog.text
