@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 from pipeline import checkpoint
-from pipeline.checkpoint import fault_of, latest_checkpoint, save_checkpoint, seal, write_json, write_jsonl
+from pipeline.checkpoint import (
+    fault_of,
+    latest_checkpoint,
+    prune,
+    save_checkpoint,
+    seal,
+    set_aside,
+    write_json,
+    write_jsonl,
+)
 
 
 def writer(text: str):
@@ -180,3 +189,17 @@ def test_unreadable_files_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(checkpoint, "sha256_of", refuses)
     assert fault_of(newest) == f"{newest}/state.bin cannot be read (Permission denied)"
+
+
+def test_checkpoints_are_set_aside_under_the_next_free_number(tmp_path: Path) -> None:
+    for _ in range(3):
+        (tmp_path / "step-00000001").mkdir()
+        set_aside(tmp_path / "step-00000001")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"unused-{n}-step-00000001" for n in (1, 2, 3)]
+
+
+def test_two_checkpoints_up_to_the_step_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        (tmp_path / f"step-0000000{step}").mkdir()
+    prune(tmp_path, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-0000000{step}" for step in (2, 3, 4)]
