@@ -200,11 +200,14 @@ def test_a_signal_is_a_sentence_and_an_exit_code(
 
 def test_an_interactive_program_has_its_own_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
     def main(_: SFTArguments) -> None:
-        assert signal.getsignal(signal.SIGINT) == before
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     monkeypatch.setattr("sys.argv", ["chat"])
     before = signal.getsignal(signal.SIGINT)
-    run_stage(main, SFTArguments, interactive=True)
+    try:
+        run_stage(main, SFTArguments, interactive=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(

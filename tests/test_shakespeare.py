@@ -95,7 +95,7 @@ def test_make_ends_after_pretraining_and_remembers_the_text(run: Path, text: Pat
     assert stages == ["tokenizer", "pretrain"] and dry.stdout.count(f"--dataset '{text}'") == 2
     assert "it is pretraining only" in dry.stdout
     chat = make("-n", "chat", "PRESET=shakespeare", f"RUN={run}")
-    assert f"--model_name_or_path {run}/pretrain" in chat.stdout
+    assert f"--model_name_or_path '{run}/pretrain'" in chat.stdout
     sft = make("sft", "PRESET=shakespeare", f"RUN={run}")
     assert sft.returncode and "PRESET=shakespeare has no stage sft; it ends with pretrain" in sft.stderr
 

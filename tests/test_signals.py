@@ -23,7 +23,12 @@ def ready():
 def start(body: str) -> subprocess.Popen[str]:
     """A program that runs `body`, begun and waiting."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", BEGIN + body], cwd=ROOT, **pipes)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGHUP, signal.SIGINT)}
+    try:  # as a terminal starts it: tests in the background, or under nohup, ignore these, and hand that on
+        process = subprocess.Popen([sys.executable, "-c", BEGIN + body], cwd=ROOT, **pipes)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert process.stdout is not None and process.stdout.readline().strip() == str(process.pid)
     return process
 
