@@ -142,7 +142,7 @@ $(VENV)/.ready-reviews: requirements-reviews.txt | $(VENV)/.ready
 test: | $(READY) ## all tests
 	@pytest $(ARGS)
 
-test-fast: | $(READY) ## the fast tests: under a minute on one core
+test-fast: | $(READY) ## the fast tests: under three minutes on one core
 	@pytest -m "not slow" $(ARGS)
 
 coverage: | $(READY) ## all tests, and the share of lines that they run
