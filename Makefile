@@ -178,7 +178,7 @@ figures: | $(READY) ## the README's table and picture, from the files of finishe
 	@python -m benchmarks.figures --runs $(RUNS) $(ARGS)
 check: | $(READY) ## whether a finished run reaches the figures that its preset expects
 	@python -m benchmarks.check --runs $(RUN) $(ARGS)
-torture: | $(READY) ## kill every stage again and again and compare every file with a run that nobody killed (half an hour; ARGS="--kills 40")
+torture: | $(READY) ## kill every stage again and again and compare every file with a run that nobody killed (up to an hour; ARGS="--kills 40")
 	@python -m benchmarks.torture $(ARGS)
 
 clean: ## remove the run of this PRESET and SEED (never the others)
