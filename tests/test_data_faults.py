@@ -567,7 +567,11 @@ def test_a_name_that_stands_twice_is_refused_everywhere(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_time_is_linear_in_the_rows(tmp_path: Path) -> None:
-    """160,000 pairs took 87 s of CPU, 200,000 documents 108 s; four times as many should take four times as long."""
+    """160,000 pairs took 87 s of CPU, 200,000 documents 108 s.
+
+    Sixteen times as many rows take about 16 times as long, and 256 times where each row looks at every other. The
+    bound lies between them, far from both: this is no measurement of speed, and other programs may run beside it.
+    """
 
     def seconds(count: int, load: Any, **options: Any) -> float:
         rows = [{"prompt": f"p {i}", "chosen": f"c {i}", "rejected": "r", "text": f"t {i}"} for i in range(count)]
@@ -577,8 +581,8 @@ def test_time_is_linear_in_the_rows(tmp_path: Path) -> None:
         return time.process_time() - started
 
     for load, options in ((data.load_preferences, {}), (data.load_texts, {"max_bytes": 2_000_000})):
-        small, large = seconds(10_000, load, **options), seconds(40_000, load, **options)
-        assert large < 7 * max(small, 0.1), load
+        small, large = seconds(5_000, load, **options), seconds(80_000, load, **options)
+        assert large < 64 * max(small, 0.05), load
 
 
 # ---- 17: places -----------------------------------------------------------------------------------------------------
