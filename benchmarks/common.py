@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from pipeline.model.gpt import GPTForCausalLM
 
@@ -30,10 +30,28 @@ def shape(width: int, *, layers: int = 6, heads: int = 6, positions: int = 256, 
     )
 
 
-def twins(config: Qwen3Config) -> dict[str, torch.nn.Module]:
-    """Our GPT and transformers' Qwen3 with the same weights."""
+def smollm2() -> LlamaConfig:
+    """SmolLM2-135M's shape, as its config.json gives it: 134,515,008 parameters."""
+    return LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        use_cache=False,
+    )
+
+
+def twins(config: PreTrainedConfig) -> dict[str, torch.nn.Module]:
+    """Our GPT and transformers' class with the same weights."""
     torch.manual_seed(0)
-    ours, theirs = GPTForCausalLM(config), Qwen3ForCausalLM(config)
+    ours, theirs = GPTForCausalLM(config), AutoModelForCausalLM.from_config(config)
     theirs.load_state_dict(ours.state_dict())
     return {"ours": ours, "transformers": theirs}
 

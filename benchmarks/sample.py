@@ -1,26 +1,31 @@
 """Sampling speed of ours against transformers' generate, both in this run: `python -m benchmarks.sample [--quick]`.
 
-64 prompts of 32 tokens, 64 new tokens each (no end token, so that both do the same work), the same weights on both
-sides, plain sampling at temperature 1; ours also returns the log-probabilities. Transformers runs in every way that
-might be its fastest: fp32, bf16 autocast and a model cast to bf16, with its growing and its static cache, and the
-static one compiled as its documentation says (a minute a model on CPU; its time is not counted). "best" compares our
-fastest with its fastest, "fp32" and "bf16" ours with its fastest in that precision.
+64 prompts of 32 tokens, 64 new tokens each (no end token, so that both do the same work), or at SmolLM2-135M's shape
+(`--shape smollm2`) 8 prompts and then one of 32 tokens, 32 new tokens each. Both sides have the same weights and sample
+plainly at temperature 1; ours also returns the log-probabilities. Transformers runs in every way that might be its
+fastest: fp32, bf16 autocast and a model cast to bf16, with its growing and its static cache, and the static one
+compiled as its documentation says (a minute a model on CPU; its time is not counted). "best" compares our fastest with
+its fastest, "fp32" and "bf16" ours with its fastest in that precision.
 """
 
 import argparse
 import copy
+import statistics
 from collections.abc import Callable
 
 import torch
-from transformers import CompileConfig, GenerationConfig, Qwen3Config
+from transformers import CompileConfig, GenerationConfig, PreTrainedConfig
 
-from benchmarks.common import Contender, alternate, compare, report, shape, table, twins
+from benchmarks.common import Contender, alternate, compare, report, shape, smollm2, table, twins
 from pipeline.model.sampler import generate
 from pipeline.runtime.hf_trainer import why_not_compile
 
 # name: config, rows, prompt tokens, new tokens
-SHAPES = {"6L d192 B64 32+64": (shape(192), 64, 32, 64)}
-QUICK = {"2L d64 B4 8+8": (shape(64, layers=2, heads=2), 4, 8, 8)}
+SHAPES = {
+    "small": {"6L d192 B64 32+64": (shape(192), 64, 32, 64)},
+    "smollm2": {"SmolLM2 B8 32+32": (smollm2(), 8, 32, 32), "SmolLM2 B1 32+32": (smollm2(), 1, 32, 32)},
+    "quick": {"2L d64 B4 8+8": (shape(64, layers=2, heads=2), 4, 8, 8)},
+}
 
 
 def ours(model: torch.nn.Module, prompts: torch.Tensor, new: int, mode: str) -> Callable[[], None]:
@@ -62,7 +67,7 @@ def theirs(
 
 
 def contenders(
-    config: Qwen3Config, prompts: torch.Tensor, new: int, compiled: bool
+    config: PreTrainedConfig, prompts: torch.Tensor, new: int, compiled: bool
 ) -> dict[Contender, Callable[[], None]]:
     models = {who: model.eval().to(prompts.device) for who, model in twins(config).items()}
     full = models["transformers"]
@@ -84,6 +89,7 @@ def contenders(
 
 def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=["small", "smollm2"], default="small")
     parser.add_argument("--quick", action="store_true", help="a tiny shape, not compiled, for tests")
     parser.add_argument("--no-compile", action="store_true", help="eager only: minutes less")
     parser.add_argument("--rounds", type=int, default=7)
@@ -94,11 +100,13 @@ def main(arguments: list[str] | None = None) -> dict:
         print(f"transformers is not compiled: {reason}")
         compiled = False
     results = {}
-    for name, (config, rows, prompt, new) in (QUICK if options.quick else SHAPES).items():
+    for name, (config, rows, prompt, new) in SHAPES["quick" if options.quick else options.shape].items():
         config.use_cache = True
         prompts = torch.randint(1, config.vocab_size, (rows, prompt), generator=torch.Generator().manual_seed(0))
         seconds = alternate(contenders(config, prompts.to(device), new, compiled), options.rounds)
         results[name] = compare(seconds, rows * new)
+        both = zip(seconds["ours", "fp32"], seconds["ours", "bf16"], strict=True)
+        results[name]["ours_bf16_over_fp32"] = round(statistics.median(full / half for full, half in both), 3)
         table(f"sampling, {name}, {options.rounds} rounds", results[name])
     return report("sample", results)
 

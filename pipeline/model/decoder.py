@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.model.gpt import Block, GPTForCausalLM, rotary_angles
+from pipeline.model.family import head_size
+from pipeline.model.gpt import Block, GPTForCausalLM, RMSNorm, rotary_angles
 
 BLOCK = 32  # slots that the cache on CPU grows by: fewer are copied too often, more are read while empty
 ROWS = 64  # that packed weights are laid out for; any other number multiplies, too
@@ -33,7 +34,7 @@ class Decoder:
 
     def __init__(self, model: GPTForCausalLM, rows: int, slots: int):
         config, device = model.config, model.device
-        self.heads, self.size = config.num_attention_heads, config.head_dim
+        self.heads, self.size = config.num_attention_heads, head_size(config)
         self.groups = config.num_key_value_heads or self.heads
         self.eps, self.device, self.dtype = config.rms_norm_eps, device, compute_dtype(model)
         self.layers, self.ends = fuse(model, self.dtype)
@@ -154,7 +155,9 @@ class Decoder:
         h = F.rms_norm(x, x.shape[-1:], weights["norm_1"], self.eps).to(self.dtype)
         qkv = linear(h, weights["qkv"], weights.get("qkv_bias")).unflatten(-1, (-1, self.size))  # (…, H + 2G, K)
         qk, v = qkv.split((self.heads + self.groups, self.groups), dim=-2)
-        qk = F.rms_norm(qk.float(), (self.size,), None, self.eps) * weights["qk_norm"]
+        qk = qk.float()
+        if "qk_norm" in weights:
+            qk = F.rms_norm(qk, (self.size,), None, self.eps) * weights["qk_norm"]
         qk = torch.view_as_real(torch.view_as_complex(qk.unflatten(-1, (-1, 2))) * turns).flatten(-2)
         return *qk.split((self.heads, self.groups), dim=-2), v
 
@@ -162,8 +165,8 @@ class Decoder:
         """x (…, D) plus what the heads read, attended (…, H·K), plus the MLP of that."""
         x = x + linear(attended.to(self.dtype), weights["out"], weights.get("out_bias"))
         h = F.rms_norm(x, x.shape[-1:], weights["norm_2"], self.eps).to(self.dtype)
-        gate, up = linear(h, weights["gate_up"]).chunk(2, dim=-1)
-        return x + linear(F.silu(gate).mul_(up), weights["down"])
+        gate, up = linear(h, weights["gate_up"], weights.get("gate_up_bias")).chunk(2, dim=-1)
+        return x + linear(F.silu(gate).mul_(up), weights["down"], weights.get("down_bias"))
 
     def _logits(self, x: Tensor) -> Tensor:
         x = F.rms_norm(x, x.shape[-1:], self.ends["norm"], self.eps)
@@ -227,27 +230,34 @@ def fuse_block(block: Block, dtype: torch.dtype) -> Weights:
     # Rotary pairs (i, i + K/2) are moved side by side, in queries and keys alike, which changes no score: then one
     # complex product turns them all
     pairs = torch.arange(size, device=attention.q_proj.weight.device).view(2, -1).T.flatten()
+    # 1/√K goes into the queries' norm weight, else into their matrix and bias
+    q_norm, k_norm, root = attention.q_norm, attention.k_norm, size**-0.5
+    normed = isinstance(q_norm, RMSNorm)
+
+    def joined(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = (part.unflatten(0, (-1, size))[:, pairs].flatten(0, 1) for part in (q, k))
+        return torch.cat((q if normed else q * root, k, v))
+
     linears = (attention.q_proj, attention.k_proj, attention.v_proj)
-    q, k, v = (part.weight.detach().unflatten(0, (-1, size)) for part in linears)
     fused = {
-        "qkv": torch.cat((q[:, pairs], k[:, pairs], v)).flatten(0, 1),
+        "qkv": joined(*(part.weight.detach() for part in linears)),
         "out": attention.o_proj.weight,
         "gate_up": torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)),
         "down": mlp.down_proj.weight,
     }
-    heads, groups = len(q), len(k)
     if attention.q_proj.bias is not None:
-        q, k, v = (part.bias.detach().unflatten(0, (-1, size)) for part in linears)
-        fused["qkv_bias"] = torch.cat((q[:, pairs], k[:, pairs], v)).flatten()
+        fused["qkv_bias"] = joined(*(part.bias.detach() for part in linears))
+    if attention.o_proj.bias is not None:
         fused["out_bias"] = attention.o_proj.bias
+    if mlp.down_proj.bias is not None:
+        fused["gate_up_bias"] = torch.cat((mlp.gate_proj.bias, mlp.up_proj.bias))
+        fused["down_bias"] = mlp.down_proj.bias
     fused = {name: prepacked(weight.detach().to(dtype, copy=True)) for name, weight in fused.items()}
-    # 1/√K goes into the queries' norm weight
-    q_norm, k_norm = attention.q_norm.weight[pairs] * size**-0.5, attention.k_norm.weight[pairs]
-    norms = {
-        "qk_norm": torch.cat((q_norm.expand(heads, -1), k_norm.expand(groups, -1))),
-        "norm_1": block.input_layernorm.weight,
-        "norm_2": block.post_attention_layernorm.weight,
-    }
+    norms: Weights = {"norm_1": block.input_layernorm.weight, "norm_2": block.post_attention_layernorm.weight}
+    if isinstance(q_norm, RMSNorm) and isinstance(k_norm, RMSNorm):
+        heads, groups = (part.out_features // size for part in linears[:2])
+        turned = q_norm.weight[pairs] * root, k_norm.weight[pairs]
+        norms["qk_norm"] = torch.cat((turned[0].expand(heads, -1), turned[1].expand(groups, -1)))
     # Detached: F.rms_norm takes a slow composed form for a weight with a gradient, even in inference mode
     return fused | {name: weight.detach().to(torch.float32, copy=True) for name, weight in norms.items()}
 

@@ -121,7 +121,10 @@ def packed(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class AttentionHalf(torch.autograd.Function):
-    """x + W_o·attention(rotate(norm(W_q·h)), rotate(norm(W_k·h)), W_v·h) with h = norm(x)."""
+    """x + W_o·attention(rotate(norm(W_q·h)), rotate(norm(W_k·h)), W_v·h) with h = norm(x).
+
+    Queries, keys and values have biases, and queries and keys norms, or None.
+    """
 
     @staticmethod
     @forward_without_autocast
@@ -133,34 +136,47 @@ class AttentionHalf(torch.autograd.Function):
         wk: Tensor,
         wv: Tensor,
         wo: Tensor,
-        q_norm: Tensor,
-        k_norm: Tensor,
+        bq: Tensor | None,
+        bk: Tensor | None,
+        bv: Tensor | None,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
         turns: Tensor,
         eps: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        size = len(q_norm)
+        size = 2 * turns.shape[-1]
         heads, groups = len(wq) // size, len(wk) // size
-        w = torch.cat((pair_up(wq, size), pair_up(wk, size), wv)).to(dtype)
-        wo, q_norm, k_norm = wo.to(dtype), pair_up(q_norm, size) * size**-0.5, pair_up(k_norm, size)
+        # 1/√K goes into the queries' norm weight, else into their matrix and bias
+        scale = size**-0.5 if q_norm is None else 1.0
+        w = torch.cat((pair_up(wq, size) * scale, pair_up(wk, size), wv)).to(dtype)
+        b = None
+        if bq is not None and bk is not None and bv is not None:
+            b = torch.cat((pair_up(bq, size) * scale, pair_up(bk, size), bv)).to(dtype)
         h, r = norm_forward(x, norm, eps, dtype)
-        q, k, v = F.linear(h, w).unflatten(-1, (-1, size)).split((heads, groups, groups), dim=2)
-        q, k = packed(q, torch.float32), packed(k, torch.float32)
-        (z_q, r_q), (z_k, r_k) = norm_forward(q, q_norm, eps, q.dtype), norm_forward(k, k_norm, eps, k.dtype)
+        q, k, v = F.linear(h, w, b).unflatten(-1, (-1, size)).split((heads, groups, groups), dim=2)
+        z_q, z_k = packed(q, torch.float32), packed(k, torch.float32)
+        for_norms: tuple[Tensor, ...] = ()
+        if q_norm is not None and k_norm is not None:
+            q, q_norm, k, k_norm = z_q, pair_up(q_norm, size) * size**-0.5, z_k, pair_up(k_norm, size)
+            (z_q, r_q), (z_k, r_k) = norm_forward(q, q_norm, eps, q.dtype), norm_forward(k, k_norm, eps, k.dtype)
+            for_norms = q, q_norm, r_q, k, k_norm, r_k
         by_heads = [by_head(part, heads, dtype) for part in (turn(z_q, turns), turn(z_k, turns), v)]
         out, probabilities = attention_forward(*by_heads)
         out = out.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
-        for_parts = q, q_norm, r_q, k, k_norm, r_k
-        ctx.save_for_backward(x, norm, r, h, w, wo, *for_parts, turns, out, *by_heads, *probabilities)
+        wo = wo.to(dtype)
+        ctx.groups, ctx.scale, ctx.biased, ctx.normed = groups, scale, b is not None, len(for_norms)
+        ctx.save_for_backward(x, norm, r, h, w, wo, turns, out, *by_heads, *for_norms, *probabilities)
         return x + F.linear(out, wo)
 
     @staticmethod
     @backward_without_autocast
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm, r, h, w, wo, q, q_norm, r_q, k, k_norm, r_k, turns, out, *for_attention = ctx.saved_tensors
-        q_by_head, k_by_head, v_by_head, *probabilities = for_attention
-        heads, groups, size = q.shape[2], k.shape[2], q.shape[3]
+        x, norm, r, h, w, wo, turns, out, q_by_head, k_by_head, v_by_head, *rest = ctx.saved_tensors
+        for_norms, probabilities = rest[: ctx.normed], rest[ctx.normed :]
+        groups, size = ctx.groups, 2 * turns.shape[-1]
+        heads = wo.shape[1] // size
         grad_y = grad.to(w.dtype)
         grad_wo = rows(grad_y).T @ rows(out)
         grad_out = by_head((grad_y @ wo).unflatten(-1, (-1, size)), heads, w.dtype)
@@ -170,21 +186,27 @@ class AttentionHalf(torch.autograd.Function):
         into_q, into_k, into_v = grad_qkv.split((heads, groups, groups), dim=2)
         into_v.copy_(by_token(grads[2], heads, groups))
         back = turns.conj().resolve_conj()
-        norms = []
-        for into, grad_part, count, *saved in (
-            (into_q, grads[0], heads, q, q_norm, r_q),
-            (into_k, grads[1], groups, k, k_norm, r_k),
+        norms: list[Tensor] = []
+        for into, grad_part, count, saved in (
+            (into_q, grads[0], heads, for_norms[:3]),
+            (into_k, grads[1], groups, for_norms[3:]),
         ):
-            grad_part = packed(by_token(grad_part, heads, count), torch.float32)
-            grad_part, grad_norm = norm_backward(turn(grad_part, back), *saved)
+            grad_part = turn(packed(by_token(grad_part, heads, count), torch.float32), back)
+            if saved:
+                grad_part, grad_norm = norm_backward(grad_part, *saved)
+                norms.append(part_pairs(grad_norm, size))
             into.copy_(grad_part)
-            norms.append(part_pairs(grad_norm, size))
         grad_qkv = grad_qkv.flatten(2)
-        grad_w = rows(grad_qkv).T @ rows(h)
-        grad_wq, grad_wk, grad_wv = grad_w.float().split((heads * size, groups * size, groups * size))
+        parts = heads * size, groups * size, groups * size
+        grad_wq, grad_wk, grad_wv = (rows(grad_qkv).T @ rows(h)).float().split(parts)
+        biases: list[Tensor | None] = [None] * 3
+        if ctx.biased:
+            grad_bq, grad_bk, grad_bv = rows(grad_qkv).sum(0, dtype=torch.float32).split(parts)
+            biases = [part_pairs(grad_bq, size) * ctx.scale, part_pairs(grad_bk, size), grad_bv]
         grad_x, grad_norm = norm_backward(grad_qkv @ w, x, norm, r)
-        grad_weights = part_pairs(grad_wq, size), part_pairs(grad_wk, size), grad_wv, grad_wo.float()
-        return grad_x.add_(grad), grad_norm, *grad_weights, norms[0] * size**-0.5, norms[1], None, None, None
+        grad_weights = part_pairs(grad_wq, size) * ctx.scale, part_pairs(grad_wk, size), grad_wv, grad_wo.float()
+        of_norms = (norms[0] * size**-0.5, norms[1]) if norms else (None, None)
+        return grad_x.add_(grad), grad_norm, *grad_weights, *biases, *of_norms, None, None, None
 
 
 # ---- MLP ------------------------------------------------------------------------------------------------------------
@@ -243,14 +265,16 @@ def can_run(block: Any, x: Tensor) -> bool:
     hooks), rows that are not too long, and no compiler at work, which has its own way to fuse."""
     attention, mlp = block.self_attn, block.mlp
     linears = [*projections(attention), mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    norms = {type(attention.q_norm), type(attention.k_norm)}
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
         and x.shape[1] <= LONGEST
         and not torch.compiler.is_compiling()
         and not (attention.dropout and block.training)
-        and all(type(part) is nn.Linear and part.bias is None and part.weight.dtype == x.dtype for part in linears)
-        and type(attention.q_norm) is type(attention.k_norm) is type(block.input_layernorm)
+        and all(type(part) is nn.Linear and part.weight.dtype == x.dtype for part in linears)
+        and all(part.bias is None for part in linears[3:])  # queries, keys and values may have biases
+        and (norms == {type(block.input_layernorm)} or norms == {nn.Identity})
         and not any(part._forward_hooks or part._forward_pre_hooks for part in block.modules() if part is not block)
     )
 
@@ -261,7 +285,9 @@ def run(block: Any, x: Tensor, angles: tuple[Tensor, Tensor], keep: Tensor | Non
     attention, mlp = block.self_attn, block.mlp
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     norm, eps = block.input_layernorm.weight, block.input_layernorm.eps
-    weights = [part.weight for part in (*projections(attention), attention.q_norm, attention.k_norm)]
+    weights = [part.weight for part in projections(attention)]
+    weights += [part.bias for part in projections(attention)[:3]]
+    weights += [getattr(part, "weight", None) for part in (attention.q_norm, attention.k_norm)]
     x = AttentionHalf.apply(x, norm, *weights, torch.complex(*angles), eps, dtype)
     x = x if keep is None else x[keep][None]
     norm = block.post_attention_layernorm.weight

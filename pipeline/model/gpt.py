@@ -1,10 +1,12 @@
 """The GPT, written out from scratch: embedding, rotary attention, SwiGLU, blocks, head.
 
-The architecture is Qwen3's (arXiv 2505.09388): the decoder of "Attention Is All You Need" (1706.03762) with RMSNorm
+The architecture is that of the Llama family: the decoder of "Attention Is All You Need" (arXiv 1706.03762) with RMSNorm
 (1910.07467) before each part instead of LayerNorm after it, rotary positions (RoFormer, 2104.09864), grouped key/value
-heads (GQA, 2305.13245), RMSNorm on queries and keys (QK-norm, 2302.05442) and a gated MLP (SwiGLU, 2002.05202). No
-dropout, no biases. Config class and weight names are the stock ones, so a folder saved here *is* a stock Qwen3
-checkpoint and a stock one opens here; tests/test_gpt.py holds logits and gradients equal.
+heads (GQA, 2305.13245) and a gated MLP (SwiGLU, 2002.05202). Its members differ in two things, which the config says:
+Qwen2 (2407.10671) adds biases to queries, keys and values, Qwen3 (2505.09388) RMSNorm on queries and keys (QK-norm,
+2302.05442); Llama (2302.13971), SmolLM2 and Mistral have neither. A GPT from random weights here is a Qwen3. Config
+classes and weight names are the stock ones, so a folder saved here *is* a stock checkpoint of its type and a stock one
+opens here; tests/test_family.py holds logits and gradients equal.
 
 Shapes: B batch, T tokens, D hidden, H query heads, G key/value heads (H a multiple of G), K head size, V vocabulary.
 """
@@ -12,17 +14,18 @@ Shapes: B batch, T tokens, D hidden, H query heads, G key/value heads (H a multi
 import json
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel, Qwen3Config
+from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers import modeling_outputs as outputs
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pipeline.model import fast_cpu
+from pipeline.model.family import FAMILY, biases, has_qk_norm, head_size, why_not_ours
 from pipeline.model.logprobs import logprobs_from_hidden
 
 IGNORED = -100  # a label that is not trained on, as everywhere in PyTorch
@@ -44,14 +47,14 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(self.weight.dtype)
 
 
-def rotary_angles(positions: Tensor, config: Qwen3Config) -> tuple[Tensor, Tensor]:
+def rotary_angles(positions: Tensor, config: Any) -> tuple[Tensor, Tensor]:
     """cos and sin of position · θ^(−2i/K) (2104.09864, eq. 15): positions (1 or B, T) → two (1 or B, T, 1, K/2), fp32.
 
     Computed at each forward, once for all layers: a non-persistent buffer would hold garbage after `from_pretrained`.
     """
-    rope: Any = config.rope_parameters
-    exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
-    angles = (positions[..., None].float() * rope["rope_theta"] ** -exponents)[:, :, None]
+    size = head_size(config)
+    exponents = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size
+    angles = (positions[..., None].float() * config.rope_parameters["rope_theta"] ** -exponents)[:, :, None]
     return angles.cos(), angles.sin()
 
 
@@ -93,26 +96,28 @@ def attention_bias(
     return torch.zeros(allowed.shape, device=device).masked_fill_(~allowed, float("-inf"))[:, None]
 
 
-def residual_std(config: Qwen3Config) -> float:
+def residual_std(config: Any) -> float:
     """0.02/√(2·layers): 2·layers projections add to the residual stream, whose variance should not grow (GPT-2)."""
     return config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
 
 
 class Attention(nn.Module):
-    """Masked multi-head self-attention, softmax(q·kᵀ/√K)·v, with grouped heads, QK-norm and rotary positions."""
+    """Masked multi-head self-attention, softmax(q·kᵀ/√K)·v, with grouped heads and rotary positions."""
 
-    def __init__(self, config: Qwen3Config, layer: int):
+    def __init__(self, config: Any, layer: int):
         super().__init__()
-        self.layer, self.head_dim, self.dropout = layer, config.head_dim, config.attention_dropout
+        self.layer, self.head_dim, self.dropout = layer, head_size(config), config.attention_dropout
         heads, groups = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
         self.grouped = heads != groups
-        self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=config.attention_bias)
-        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=config.attention_bias)
+        bias_in, bias_out, _ = biases(config)
+        self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=bias_in)
+        self.k_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=bias_in)
+        self.v_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=bias_in)
+        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=bias_out)
         self.o_proj.init_std = residual_std(config)  # type: ignore[assignment]
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.q_norm, self.k_norm = (
+            RMSNorm(self.head_dim, config.rms_norm_eps) if has_qk_norm(config) else nn.Identity() for _ in range(2)
+        )
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], bias: Tensor | None, cache=None) -> Tensor:
         """x (B, T, D) → (B, T, D); `bias` as from attention_bias; `cache` is a transformers Cache or None."""
@@ -135,11 +140,12 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU, W_down(silu(W_gate x) ⊙ W_up x) (2002.05202, eq. 6)."""
 
-    def __init__(self, config: Qwen3Config):
+    def __init__(self, config: Any):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        bias = biases(config)[2]
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
         self.down_proj.init_std = residual_std(config)  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,7 +155,7 @@ class MLP(nn.Module):
 class Block(GradientCheckpointingLayer):
     """x + attention(norm(x)), then x + mlp(norm(x)): the residual stream that every block reads and adds to."""
 
-    def __init__(self, config: Qwen3Config, layer: int):
+    def __init__(self, config: Any, layer: int):
         super().__init__()
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
@@ -173,12 +179,26 @@ class Block(GradientCheckpointingLayer):
 class GPTPreTrainedModel(PreTrainedModel):
     """What the GPT's classes share: config, initialisation, saving under the stock names."""
 
-    config: Qwen3Config
+    config_class = PreTrainedConfig
+    config: Any
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["Block"]  # type: ignore[misc]
     _supports_sdpa = True
-    stock_architecture = "Qwen3Model"
+    stock_suffix = "Model"
+
+    def __init__(self, config: PreTrainedConfig):
+        if reason := why_not_ours(config):
+            raise ValueError(f"this GPT does not compute {reason}; open the model through transformers' Auto classes")
+        super().__init__(config)
+
+    @classmethod
+    def from_pretrained(cls, path: str | PathLike, *args, config: Any = None, **kwargs) -> Self:  # type: ignore[override]
+        """As transformers opens a model; the folder's config says which member of the family it is."""
+        if config is None:
+            labels = {name: kwargs.pop(name) for name in ("num_labels",) if name in kwargs}
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False, **labels)
+        return super().from_pretrained(path, *args, config=config, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -197,20 +217,15 @@ class GPTPreTrainedModel(PreTrainedModel):
         path = Path(save_directory) / "config.json"
         if is_main_process and path.exists():
             config = json.loads(path.read_text())
-            path.write_text(json.dumps(config | {"architectures": [self.stock_architecture]}, indent=2) + "\n")
+            stock = FAMILY[self.config.model_type] + self.stock_suffix
+            path.write_text(json.dumps(config | {"architectures": [stock]}, indent=2) + "\n")
 
 
 class GPTModel(GPTPreTrainedModel):
     """Tokens to hidden states: embedding, blocks, last norm."""
 
-    def __init__(self, config: Qwen3Config):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
-        rope: Any = config.rope_parameters
-        if config.use_sliding_window or config.hidden_act != "silu" or rope["rope_type"] != "default":
-            raise ValueError(
-                "this GPT has full attention, silu and plain rotary positions only; open a Qwen3 model with sliding "
-                "windows, another activation or scaled rotary positions through AutoModelForCausalLM"
-            )
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -252,9 +267,9 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
     """The language model: p(next token | tokens so far) = softmax(lm_head(hidden))."""
 
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}  # type: ignore[misc]
-    stock_architecture = "Qwen3ForCausalLM"
+    stock_suffix = "ForCausalLM"
 
-    def __init__(self, config: Qwen3Config):
+    def __init__(self, config: Any):
         super().__init__(config)
         self.model = GPTModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -303,9 +318,9 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
 class GPTForSequenceClassification(GPTPreTrainedModel):
     """The reward model or critic: a linear head `score` read at the last token that is not padding."""
 
-    stock_architecture = "Qwen3ForSequenceClassification"
+    stock_suffix = "ForSequenceClassification"
 
-    def __init__(self, config: Qwen3Config):
+    def __init__(self, config: Any):
         super().__init__(config)
         self.num_labels = config.num_labels or 1
         self.model = GPTModel(config)
@@ -321,7 +336,7 @@ class GPTForSequenceClassification(GPTPreTrainedModel):
         labels: Tensor | None = None,
         **_,
     ) -> outputs.SequenceClassifierOutputWithPast:
-        """Logits (B, num_labels) at the rightmost token that is not config.pad_token_id, as stock Qwen3 pools."""
+        """Logits (B, num_labels) at the rightmost token that is not config.pad_token_id, as the stock classes pool."""
         pad = self.config.pad_token_id
         if pad is None and len(input_ids) > 1:
             raise ValueError("config.pad_token_id is not set: the last token of each row cannot be told from padding")

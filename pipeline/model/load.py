@@ -1,7 +1,8 @@
 """Open a model folder as policy, reward model or critic, with LoRA where it is asked for, and save one.
 
-A Qwen3 folder opens as our own GPT (pipeline/model/gpt.py), which is faster where it counts; any other architecture of
-transformers opens as its stock class. All come in fp32 and in eval mode: autocast chooses the precision of products.
+A folder of the Llama family opens as our own GPT (pipeline/model/gpt.py), which is faster where it counts; any other
+architecture of transformers, and what our GPT does not compute, opens as its stock class. All come in fp32 and in eval
+mode: autocast chooses the precision of products.
 """
 
 import json
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from pipeline.errors import UserError
+from pipeline.model.family import why_not_ours
 from pipeline.model.gpt import GPTForCausalLM, GPTForSequenceClassification, GPTModel
 from pipeline.model.lora import without_wrapper
 from pipeline.text.sources import is_local
@@ -128,7 +130,7 @@ def _load(
         raise UserError(f"{path} is no model folder (it has no config.json)")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        kind = ours if config.model_type == "qwen3" else stock
+        kind = stock if why_not_ours(config) else ours
         classifies = any("SequenceClassification" in name for name in config.architectures or ())
         if kwargs.get("num_labels") == 1 and classifies and config.num_labels != 1:
             raise ValueError(f"it is a classifier with {config.num_labels} labels, and a reward needs one")

@@ -23,7 +23,8 @@ from pipeline.model.gpt import MLP, Attention, Block, GPTForCausalLM, GPTModel, 
 from pipeline.model.lora import without_wrapper
 from pipeline.text.lengths import positions_of
 
-PARTS = {GPTModel, Block, Attention, MLP, RMSNorm, nn.Linear, nn.Embedding, nn.ModuleList}  # what the decoder knows
+# What the decoder knows
+PARTS = {GPTModel, Block, Attention, MLP, RMSNorm, nn.Linear, nn.Embedding, nn.Identity, nn.ModuleList}
 LOOK = 16  # steps on CUDA from one look at which rows have ended to the next: each makes the host wait for the device
 
 
