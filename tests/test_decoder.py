@@ -121,12 +121,13 @@ def test_logits_of_every_step_equal_the_training_forward(model):
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
 def test_the_same_samples_where_weights_cannot_be_prepacked(model, monkeypatch):
     settings = {"max_new_tokens": 12, "eos_token_id": END, "pad_token_id": PAD}
-    assert prepacked(torch.zeros(4, 4)).is_mkldnn
-    assert not prepacked(torch.zeros(4, 4, dtype=torch.float64)).is_mkldnn
-    assert not prepacked(torch.zeros(4)).is_mkldnn
+    assert prepacked(torch.zeros(4, 4), rows=2).is_mkldnn
+    assert not prepacked(torch.zeros(4, 4), rows=1).is_mkldnn
+    assert not prepacked(torch.zeros(4, 4, dtype=torch.float64), rows=2).is_mkldnn
+    assert not prepacked(torch.zeros(4), rows=2).is_mkldnn
     expected = responses(generate(model, prompts(), generator=seeded(), **settings))
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not prepacked(torch.zeros(4, 4)).is_mkldnn
+    assert not prepacked(torch.zeros(4, 4), rows=2).is_mkldnn
     assert responses(generate(model, prompts(), generator=seeded(), **settings)) == expected
 
 

@@ -23,21 +23,23 @@ ROWS = 64  # that packed weights are laid out for; any other number multiplies, 
 KEPT = 4  # decoders that stay with a model on CUDA: each shape of (rows, slots) that comes again and again needs one
 
 Weights = dict[str, Tensor]
+Fused = tuple[list[Weights], Weights]
 
 
 class Decoder:
     """A GPTForCausalLM made ready for decoding: fused weights, kept keys and values, no autograd.
 
     B rows, up to `slots` tokens a row. First `prefill`, then `step` by `step`. Rows are padded on the left, so that all
-    of them write the same slot at the same step. Call it in inference mode.
+    of them write the same slot at the same step. Call it in inference mode. `fused` are the model's weights as `fuse`
+    returns them, where several decoders share them.
     """
 
-    def __init__(self, model: GPTForCausalLM, rows: int, slots: int):
+    def __init__(self, model: GPTForCausalLM, rows: int, slots: int, fused: Fused | None = None):
         config, device = model.config, model.device
         self.heads, self.size = config.num_attention_heads, head_size(config)
         self.groups = config.num_key_value_heads or self.heads
         self.eps, self.device, self.dtype = config.rms_norm_eps, device, compute_dtype(model)
-        self.layers, self.ends = fuse(model, self.dtype)
+        self.layers, self.ends = fused or fuse(model, rows)
         # fp32 on CPU, where attention is faster in it
         self.cache_dtype = torch.float32 if device.type == "cpu" else self.dtype
         angles = rotary_angles(torch.arange(slots, device=device)[None], config)
@@ -58,7 +60,7 @@ class Decoder:
 
     def load(self, model: GPTForCausalLM) -> None:
         """Take over the model's present weights, in place: a captured graph reads them where they were."""
-        layers, ends = fuse(model, self.dtype)
+        layers, ends = fuse(model, len(self.starts))
         for own, present in zip([*self.layers, self.ends], [*layers, ends], strict=True):
             for name in own:
                 own[name].copy_(present[name])
@@ -193,28 +195,37 @@ def compute_dtype(model: GPTForCausalLM) -> torch.dtype:
     return model.model.embed_tokens.weight.dtype
 
 
-def fuse(model: GPTForCausalLM, dtype: torch.dtype) -> tuple[list[Weights], Weights]:
-    """Copies of the weights: one dictionary a block, and one of embedding, last norm and head."""
+def fuse(model: GPTForCausalLM, rows: int) -> Fused:
+    """The weights for decoding `rows` rows: one dictionary a block, and one of embedding, last norm and head.
+
+    On CPU they are meant for one call: what needs no other form is not copied.
+    """
+    dtype, copy = compute_dtype(model), captures(model.device)
+
+    def made(weight: Tensor) -> Tensor:
+        return prepacked(weight.detach().to(dtype, copy=copy), rows)
+
     ends = {
-        "embedding": model.model.embed_tokens.weight.detach().clone(),
+        "embedding": model.model.embed_tokens.weight.detach().to(copy=copy),
         "norm": model.model.norm.weight.detach().to(torch.float32, copy=True),
-        "head": prepacked(model.lm_head.weight.detach().to(dtype, copy=True)),
+        "head": made(model.lm_head.weight),
     }
-    return [fuse_block(cast(Block, block), dtype) for block in model.model.layers], ends
+    blocks = (fuse_block(cast(Block, block)) for block in model.model.layers)
+    return [{name: made(w) for name, w in matrices.items()} | norms for matrices, norms in blocks], ends
 
 
-def prepacked(weight: Tensor) -> Tensor:
+def prepacked(weight: Tensor, rows: int) -> Tensor:
     """A weight (out, in) in the layout in which oneDNN multiplies on CPU; where it cannot, and a bias, as it is.
 
     A step multiplies few rows by weights that come from memory: MKL and oneDNN's plain product would lay each of them
-    out anew every time, a quarter of the product's own time. torch.compile uses the same two operations.
+    out anew every time, a quarter of the product's own time. torch.compile uses the same two operations. One row in
+    fp32 is a product with a vector, which reads the plain layout faster.
     """
     if weight.device.type != "cpu" or weight.dim() == 1 or not torch.backends.mkldnn.is_available():
         return weight
     in_bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if weight.dtype != torch.float32 and not in_bf16:
-        return weight
-    return torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+    in_fp32 = weight.dtype == torch.float32 and rows > 1
+    return torch.ops.mkldnn._reorder_linear_weight(weight, ROWS) if in_bf16 or in_fp32 else weight
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -224,8 +235,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def fuse_block(block: Block, dtype: torch.dtype) -> Weights:
-    """The block's weights with those that read the same input joined; matrices in `dtype`, norms in fp32."""
+def fuse_block(block: Block) -> tuple[Weights, Weights]:
+    """The block's matrices and biases, those that read the same input joined, and its norms in fp32."""
     attention, mlp, size = block.self_attn, block.mlp, block.self_attn.head_dim
     # Rotary pairs (i, i + K/2) are moved side by side, in queries and keys alike, which changes no score: then one
     # complex product turns them all
@@ -252,14 +263,13 @@ def fuse_block(block: Block, dtype: torch.dtype) -> Weights:
     if mlp.down_proj.bias is not None:
         fused["gate_up_bias"] = torch.cat((mlp.gate_proj.bias, mlp.up_proj.bias))
         fused["down_bias"] = mlp.down_proj.bias
-    fused = {name: prepacked(weight.detach().to(dtype, copy=True)) for name, weight in fused.items()}
     norms: Weights = {"norm_1": block.input_layernorm.weight, "norm_2": block.post_attention_layernorm.weight}
     if isinstance(q_norm, RMSNorm) and isinstance(k_norm, RMSNorm):
         heads, groups = (part.out_features // size for part in linears[:2])
         turned = q_norm.weight[pairs] * root, k_norm.weight[pairs]
         norms["qk_norm"] = torch.cat((turned[0].expand(heads, -1), turned[1].expand(groups, -1)))
     # Detached: F.rms_norm takes a slow composed form for a weight with a gradient, even in inference mode
-    return fused | {name: weight.detach().to(torch.float32, copy=True) for name, weight in norms.items()}
+    return fused, {name: weight.detach().to(torch.float32, copy=True) for name, weight in norms.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -275,15 +285,16 @@ _kept: WeakKeyDictionary[GPTForCausalLM, dict[tuple[int, int, torch.dtype], Deco
 
 
 @contextmanager
-def borrowed(model: GPTForCausalLM, rows: int, slots: int) -> Iterator[Decoder]:
+def borrowed(model: GPTForCausalLM, rows: int, slots: int, fused: Fused | None = None) -> Iterator[Decoder]:
     """A decoder with the model's present weights, for as long as the `with` lasts.
 
     On CUDA it is kept with the model afterwards, graph and memory, for the next call with as many rows and, rounded
-    up, slots; the KEPT last ones used are. On CPU there is nothing to capture, and it is made anew.
+    up, slots; the KEPT last ones used are. On CPU there is nothing to capture, and it is made anew, of `fused` weights
+    where the caller has them.
     """
     if not captures(model.device):
         with torch.inference_mode():
-            decoder = Decoder(model, rows, slots)
+            decoder = Decoder(model, rows, slots, fused)
         yield decoder
         return
     kept = _kept.setdefault(model, {})

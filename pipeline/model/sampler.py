@@ -18,7 +18,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from pipeline.errors import UserError
-from pipeline.model.decoder import Decoder, borrowed
+from pipeline.model.decoder import Decoder, Fused, borrowed, captures, fuse
 from pipeline.model.gpt import MLP, Attention, Block, GPTForCausalLM, GPTModel, RMSNorm
 from pipeline.model.lora import without_wrapper
 from pipeline.text.lengths import positions_of
@@ -121,12 +121,13 @@ def generate(
     tokens = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long)
     logprobs = torch.zeros(len(prompts), max_new_tokens)
     lengths, device = torch.tensor([len(prompt) for prompt in prompts]), model.device
+    batches = lengths.argsort(stable=True).split(batch_size or len(prompts))  # like lengths together: least padding
     with torch.inference_mode():
-        # Prompts of like lengths together: least padding
-        for rows in lengths.argsort(stable=True).split(batch_size or len(prompts)):
+        fused = fuse(model, len(batches[0])) if _is_ours(model) and not captures(device) else None
+        for rows in batches:
             padded = pad_sequence([torch.tensor(prompts[row]) for row in rows], True, pad_token_id, "left")
             starts, random = padded.shape[1] - lengths[rows], uniform[:, rows.to(uniform.device)]
-            drawn = _respond(model, padded.to(device), starts.to(device), random.to(device), sampling, ends)
+            drawn = _respond(model, padded.to(device), starts.to(device), random.to(device), sampling, ends, fused)
             tokens[rows], logprobs[rows] = (part.cpu() for part in drawn)
     return _pack(prompts, tokens, logprobs, ends, pad_token_id, device)
 
@@ -209,7 +210,13 @@ def _is_ours(model: nn.Module) -> TypeGuard[GPTForCausalLM]:
 
 
 def _respond(
-    model: PreTrainedModel, prompts: Tensor, starts: Tensor, uniform: Tensor, sampling: Sampling, ends: list[int]
+    model: PreTrainedModel,
+    prompts: Tensor,
+    starts: Tensor,
+    uniform: Tensor,
+    sampling: Sampling,
+    ends: list[int],
+    fused: Fused | None,
 ) -> tuple[Tensor, Tensor]:
     """Left-padded prompts (B, P), their first real slots (B,), uniform (R, B) → tokens (B, R), logprobs (B, R).
 
@@ -224,7 +231,7 @@ def _respond(
     end_tokens = torch.tensor(ends, device=prompts.device)
     active = torch.arange(rows, device=prompts.device)  # the rows still in the decoder
     running = torch.ones(rows, dtype=torch.bool, device=prompts.device)  # of these, the ones that have not ended
-    with borrowed(model, rows, prompts.shape[1] + steps) as decoder:
+    with borrowed(model, rows, prompts.shape[1] + steps, fused) as decoder:
         logits = decoder.prefill(prompts, starts)
         for step in range(steps):
             token, logprob = sampling.draw(logits, uniform[step, active])
