@@ -18,7 +18,7 @@ import torch
 import trl
 from datasets import Dataset
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 
@@ -26,16 +26,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--mode", choices=["fp32", "bf16"], required=True)
     parser.add_argument("--updates", type=int, required=True)
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--shape", choices=ppo_shape.SHAPES, required=True)
     options = parser.parse_args()
-    shape = ppo_shape.QUICK if options.quick else ppo_shape.FULL
+    shape = ppo_shape.SHAPES[options.shape]
     torch.manual_seed(0)
 
-    config = Qwen3Config(**ppo_shape.model_config(shape))
-    policy, reference = Qwen3ForCausalLM(config), Qwen3ForCausalLM(config)
+    config = AutoConfig.for_model(**ppo_shape.model_config(shape))
+    policy, reference = (AutoModelForCausalLM.from_config(config) for _ in range(2))
     reference.load_state_dict(policy.state_dict())
-    config = Qwen3Config(num_labels=1, **ppo_shape.model_config(shape))
-    reward, critic = Qwen3ForSequenceClassification(config), Qwen3ForSequenceClassification(config)
+    config = AutoConfig.for_model(num_labels=1, **ppo_shape.model_config(shape))
+    reward, critic = (AutoModelForSequenceClassification.from_config(config) for _ in range(2))
 
     words = {f"w{i}": i for i in range(shape["vocabulary"])}
     tokenizer = PreTrainedTokenizerFast(

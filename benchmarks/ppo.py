@@ -1,9 +1,10 @@
 """PPO speed of ours against TRL 1.12's PPOTrainer, both in this run: `python -m benchmarks.ppo [--quick]`.
 
 TRL 1.12 was the last with a PPOTrainer; it is installed under .cache/ on the first call. Both sides train policy and
-a critic beside it, against a reference and a reward model of the same size, at the shape in ppo_shape.py. No answer
-ends early, so that both do the same work. Each run is a process of its own and times `train()` alone; ours and theirs
-take turns, a ratio is taken within a round, and the median over the rounds is reported.
+a critic beside it, against a reference and a reward model of the same size, at a shape of ppo_shape.py (`--shape
+smollm2`: four networks of SmolLM2-135M's size). No answer ends early, so that both do the same work. Each run is a
+process of its own and times `train()` alone; ours and theirs take turns, a ratio is taken within a round, and the
+median over the rounds is reported, and so is the ratio of the peaks of memory.
 
 Ours runs once more with policy and critic on one trunk, which is not what TRL does: a figure apart. `--flat` is another
 question: whether speed and memory stay what they are over 500 updates of ours.
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.ppo_shape import FLAT, FULL, QUICK, model_config
+from benchmarks.ppo_shape import FLAT, SHAPES, model_config
 
 ROOT = Path(__file__).parent.parent
 PEER_VERSION = "1.12.0"
@@ -43,36 +44,36 @@ def install_peer() -> Path:
     return folder
 
 
-def run_peer(mode: str, updates: int, quick: bool) -> dict[str, Any]:
+def run_peer(mode: str, updates: int, shape: str) -> dict[str, Any]:
     """One timed run of TRL's trainer."""
     script = str(ROOT / "benchmarks" / "peer_trl_ppo.py")
-    return _run([script], mode, updates, quick, {"PYTHONPATH": str(install_peer())})
+    return _run([script], mode, updates, shape, {"PYTHONPATH": str(install_peer())})
 
 
-def run_ours(mode: str, updates: int, quick: bool) -> dict[str, Any]:
+def run_ours(mode: str, updates: int, shape: str) -> dict[str, Any]:
     """One timed run of our trainer."""
-    return _run(["-m", "benchmarks.ppo", "--ours"], mode, updates, quick, {})
+    return _run(["-m", "benchmarks.ppo", "--ours"], mode, updates, shape, {})
 
 
-def run_trunk(mode: str, updates: int, quick: bool) -> dict[str, Any]:
+def run_trunk(mode: str, updates: int, shape: str) -> dict[str, Any]:
     """One timed run of our trainer with policy and critic on one trunk."""
-    return _run(["-m", "benchmarks.ppo", "--ours", "--trunk"], mode, updates, quick, {})
+    return _run(["-m", "benchmarks.ppo", "--ours", "--trunk"], mode, updates, shape, {})
 
 
-def _run(what: list[str], mode: str, updates: int, quick: bool, extra: dict[str, str]) -> dict[str, Any]:
-    command = [sys.executable, *what, "--mode", mode, "--updates", str(updates), *(["--quick"] if quick else [])]
+def _run(what: list[str], mode: str, updates: int, shape: str, extra: dict[str, str]) -> dict[str, Any]:
+    command = [sys.executable, *what, "--mode", mode, "--updates", str(updates), "--shape", shape]
     # At the tiny shape two threads only wait for each other
-    environment = ({"OMP_NUM_THREADS": "1"} if quick else {}) | os.environ | extra
+    environment = ({"OMP_NUM_THREADS": "1"} if shape == "quick" else {}) | os.environ | extra
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"error: {' '.join(command)} failed:\n{done.stderr.strip()[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def ours(mode: str, updates: int, shape: dict[str, int], trunk: bool = False) -> dict[str, Any]:
+def ours(mode: str, updates: int, shape: dict[str, Any], trunk: bool = False) -> dict[str, Any]:
     """Train `updates` updates in this process; returns the figures of the run, and seconds and memory by update."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config
+    from transformers import AutoConfig, PreTrainedTokenizerFast
 
     from pipeline.model.gpt import GPTForCausalLM, GPTForSequenceClassification
     from pipeline.ppo import PPOConfig, PPOTrainer
@@ -84,10 +85,11 @@ def ours(mode: str, updates: int, shape: dict[str, int], trunk: bool = False) ->
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     tokenizer.eos_token_id, tokenizer.pad_token_id = None, 0
-    policy = GPTForCausalLM(Qwen3Config(**model_config(shape)))
+    policy = GPTForCausalLM(AutoConfig.for_model(**model_config(shape)))
     # For the comparison no token at all: every answer has its full length
     policy.generation_config.eos_token_id = 1 if shape is FLAT else shape["vocabulary"]
-    critic, reward = (GPTForSequenceClassification(Qwen3Config(num_labels=1, **model_config(shape))) for _ in range(2))
+    config = AutoConfig.for_model(num_labels=1, **model_config(shape))
+    critic, reward = (GPTForSequenceClassification(config) for _ in range(2))
     ids = torch.randint(3, shape["vocabulary"], (updates * shape["batch"], shape["prompt"])).tolist()
     split: dict[str, float] = {}
     updates_seen: list[tuple[float, float]] = []
@@ -165,7 +167,7 @@ def flat(mode: str, updates: int) -> dict[str, Any]:
 
 
 def compare(runs: list[dict[tuple[str, str], dict[str, Any]]]) -> dict[str, Any]:
-    """Median of the rounds' ratios: like with like, and our faster mode against theirs."""
+    """Median of the rounds' ratios: like with like, and our faster mode against theirs, in speed and in memory."""
     speeds = {
         key: statistics.median(run[key]["episodes_per_s"] for run in runs) for key in runs[0]
     }  # (who, mode) → episodes/s
@@ -175,10 +177,14 @@ def compare(runs: list[dict[tuple[str, str], dict[str, Any]]]) -> dict[str, Any]
         quotients = (r[who, mine]["episodes_per_s"] / r["trl", theirs]["episodes_per_s"] for r in runs)
         return round(statistics.median(quotients), 3)
 
+    peaks = {who: statistics.median(run[who, best[who]]["peak_memory_mb"] for run in runs) for who in ("ours", "trl")}
+    memory = round(peaks["ours"] / peaks["trl"], 3)
+
     return {
         "benchmark": "ppo",
         "ratio": ratio(best["ours"], best["trl"]),
         **{f"ratio_{mode}": ratio(mode, mode) for mode in MODES},
+        "memory_ratio": memory,
         **({"ratio_one_trunk": ratio(best["trunk"], best["trl"], "trunk")} if "trunk" in best else {}),
         **{f"{who}_{mode}_episodes_per_s": round(speed, 2) for (who, mode), speed in speeds.items()},
     }
@@ -186,20 +192,22 @@ def compare(runs: list[dict[tuple[str, str], dict[str, Any]]]) -> dict[str, Any]
 
 def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="small", help="smollm2: SmolLM2-135M's networks (an hour)")
     parser.add_argument("--quick", action="store_true", help="a tiny shape and one round, for tests")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--updates", type=int, help="updates of a run; 5, of 64 answers each")
+    parser.add_argument("--updates", type=int, help="updates of a run; 5 of 64 answers each, smollm2: 2 of 16")
     parser.add_argument("--ours", action="store_true", help="only our side, once, in this process")
     parser.add_argument("--mode", choices=MODES, default="bf16", help="precision for --ours and --flat")
     parser.add_argument("--trunk", action="store_true", help="with --ours: policy and critic on one trunk")
     parser.add_argument("--flat", action="store_true", help="500 updates (or --updates) of ours: do they slow or grow?")
     options = parser.parse_args(arguments)
-    updates = 1 if options.quick else options.updates or 5
+    name = "quick" if options.quick else options.shape
+    updates = options.updates or SHAPES[name]["updates"]
     if options.ours:
-        print("\n" + json.dumps(ours(options.mode, updates, QUICK if options.quick else FULL, options.trunk)))
+        print("\n" + json.dumps(ours(options.mode, updates, SHAPES[name], options.trunk)))
         return None
     if options.flat:
-        line = flat(options.mode, options.updates or 500)
+        line = flat(options.mode, options.updates or FLAT["updates"])
         print("\n" + json.dumps(line))
         return line
 
@@ -209,7 +217,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
         for mode in MODES:
             order = [("ours", run_ours), *([] if options.quick else [("trunk", run_trunk)]), ("trl", run_peer)]
             for who, run in order if number % 2 == 0 else order[::-1]:
-                found[who, mode] = run(mode, updates, options.quick)
+                found[who, mode] = run(mode, updates, name)
                 line = found[who, mode]
                 print(
                     f"round {number + 1}  {line['who']:15s} {mode}  {line['episodes_per_s']:6.2f} episodes/s  "
@@ -224,6 +232,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
         shares = "  ".join(f"{name} {value / sum(seconds.values()):.0%}" for name, value in seconds.items())
         print(f"  {mode}  {shares}")
     line = compare(runs) | {
+        "shape": name,
         "peak_memory_mb": {f"{who}_{mode}": runs[-1][who, mode]["peak_memory_mb"] for who, mode in runs[-1]},
         "parameters": runs[-1]["ours", "fp32"]["parameters"],
         "rounds": len(runs),
