@@ -114,9 +114,10 @@ def test_the_card_says_how_the_model_was_made(run: Path) -> None:
     assert "ppo vs sft: 81% of 256 prompts won (95% interval 77% to 85%, ties half)." in text
     assert "87.1% of held-out pairs right (95% interval 84.0% to 89.6%, n 551)" in text
     assert "| none needed | tokenizer, pretrain, sft, preferences, ppo |" in text, "reward reads what preferences made"
-    assert "A language model of 7,168 parameters (Qwen3ForCausalLM), made by PPO, from random weights." in text
+    assert "A language model of 7,168 parameters (Qwen3ForCausalLM), trained from random weights.\n" in text
+    assert "The last stage of its training was PPO." in text
     assert "Gold is given by a program that parses a story" in text and "7,168 parameters. Do not rely" in text
-    assert "commit 0123456789abcdef-dirty" in text and "torch 2.13.0" in text
+    assert "commit 0123456789ab-dirty." in text and "torch 2.13.0" in text
 
 
 def test_the_front_matter_is_what_the_hub_reads(run: Path) -> None:
@@ -177,7 +178,7 @@ def test_the_base_model_and_its_licence_are_told(tmp_path: Path) -> None:
     change_record(run / "sft", base_of("inputs", {"model": {"path": "ann/base", "sha256": "hub"}}))
     made, text = card(run, "sft")
     assert made.history.base == "ann/base" and ModelCard(text).data.base_model == "ann/base"
-    assert "The base model is ann/base; its licence: see its page." in text and ", from ann/base." in text
+    assert "The base model is ann/base; its licence: see its page." in text and ", trained from ann/base." in text
     # One that a stage brought in, which recorded whose it is
     change_record(run / "sft", base_of("inputs", {"model": {"path": str(run / "pretrain"), "sha256": "0"}}))
     for key, value in {"stage": "convert", "source": "owner/tiny-instruct", "licence": "Apache-2.0"}.items():
@@ -509,7 +510,7 @@ def test_weights_are_rounded_as_the_file_has_them() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "q8_0"])
 def test_llama_cpp_says_the_same(run: Path, tmp_path: Path, dtype: str, capsys: pytest.CaptureFixture) -> None:
-    """Tokens of texts that pre-tokenizers cut differently, logits within 0.02, the same greedy answer."""
+    """Tokens of texts that pre-tokenizers cut differently, logits, and where only weights are rounded the answer."""
     with_converter()
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: it is built from source in minutes")
     policy = tiny_policy(3, [5, 1], hidden_size=64, intermediate_size=96, num_hidden_layers=2, initializer_range=0.1)
@@ -519,7 +520,7 @@ def test_llama_cpp_says_the_same(run: Path, tmp_path: Path, dtype: str, capsys: 
     words.save_pretrained(tmp_path / "model")
     out = export(run, tmp_path, "--model_name_or_path", str(tmp_path / "model"), "--to", "gguf", "--dtype", dtype)
     assert "read by llama.cpp: the same tokens" in capsys.readouterr().out
-    assert record_of(out)["metrics"]["differences"]["llama_cpp"] < (0.02 if dtype != "q8_0" else 0.5)
+    assert record_of(out)["metrics"]["differences"]["llama_cpp"] < {"fp32": 1e-4, "fp16": 0.02}.get(dtype, 0.2)
 
 
 def test_a_converter_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.export.folder import Exported
-from pipeline.export.history import History, Step, history_of, public_command, read_record
+from pipeline.export.history import NOT_RECORDED, History, Step, history_of, public_command, read_record
 from pipeline.model.load import parameter_count
 from pipeline.report import gather
 from pipeline.text.lengths import positions_of
@@ -128,7 +128,7 @@ def render(card: Card, exported: Exported) -> str:
         positions=positions,
         stage=MADE_BY.get(card.history.steps[-1].name) if card.history.steps else None,
         seeds=sorted({step.record["seed"] for step in card.history.steps}),
-        commits=sorted({str(step.record.get("git_commit") or "not recorded") for step in card.history.steps}),
+        commits=list(dict.fromkeys(short_commit(step.record.get("git_commit")) for step in card.history.steps)),
         versions=card.history.steps[-1].record["versions"] if card.history.steps else {},
     )
     return text.rstrip() + "\n"
@@ -148,6 +148,12 @@ def metadata_of(card: Card, exported: Exported) -> ModelCardData:
         datasets=on_hub or None,
         base_model=base if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None,
     )
+
+
+def short_commit(commit: Any) -> str:
+    """`0123456789ab-dirty` of a whole commit's name."""
+    head, dash, tail = str(commit or NOT_RECORDED).partition("-")
+    return head[:12] + dash + tail
 
 
 def stock_architecture(exported: Exported) -> str:
