@@ -25,6 +25,10 @@ ANSWER = 32  # tokens of the greedy answer
 STOCK = 1e-5  # of the largest logit: what another order of fp32 sums leaves
 
 
+class CannotOpen(UserError):
+    """A fresh process could not open what was written."""
+
+
 @dataclass
 class Ours:
     """What the model gives here: `prompt` as text, messages or ids, its `ids`, `logits` (T, V), of a reward model (1,),
@@ -74,7 +78,7 @@ def ends_of(exported: Exported) -> list[int]:
 def opened_alone(script: str, words: list[str], request: dict[str, Any]) -> dict[str, Tensor]:
     """What a script beside this file answers in a fresh Python that was started with `words`.
 
-    Raises UserError with the last line of what it said where it fails.
+    Raises CannotOpen with the last line of what it said where it fails.
     """
     with tempfile.TemporaryDirectory() as scratch:
         asked, out = Path(scratch) / "request.json", Path(scratch) / "out.safetensors"
@@ -83,7 +87,7 @@ def opened_alone(script: str, words: list[str], request: dict[str, Any]) -> dict
         done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode != 0 or not out.exists():
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            raise UserError(f"export: what was written cannot be opened in a fresh process: {last[:300]}")
+            raise CannotOpen(f"export: what was written cannot be opened in a fresh process: {last[:300]}")
         return load_file(out)
 
 
