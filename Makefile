@@ -62,7 +62,7 @@ endif
 
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
-.PHONY: all $(CHAIN) chat show setup smoke test test-fast coverage golden mutants lint bench bench-train bench-sample bench-ppo bench-shakespeare course ablation-ppo figures check torture clean help
+.PHONY: all $(CHAIN) chat export show setup smoke test test-fast coverage golden mutants lint bench bench-train bench-sample bench-ppo bench-shakespeare course ablation-ppo figures check torture clean help
 
 all: $(lastword $(STAGES)) ## the whole chain, then a table, samples and the report (default)
 	@$(if $(filter report,$(STAGES)),,echo "PRESET=$(PRESET) ends here: it is pretraining only. \`make chat PRESET=$(PRESET)\` writes on from your words")
@@ -117,6 +117,9 @@ report: ## report.html, report.md, summary.json
 
 chat: | $(READY) ## talk with a model in the terminal (MODEL=folder, default PPO's)
 	@python -m stages.chat --run_dir $(RUN) --model_name_or_path $(call quoted,$(MODEL)) $(ARGS)
+
+export: | $(READY) ## take the last policy (or MODEL=folder) out: a stock folder with a card; ARGS="--to gguf" or "--to hub --repo_id me/mine"
+	@python -m stages.export --preset $(PRESET) --run_dir $(RUN) --seed $(SEED) $(if $(filter file,$(origin MODEL)),,--model_name_or_path $(call quoted,$(MODEL))) $(ARGS)
 
 # What a stage would work on, without running it: nothing is written, so that no stamp or other stage is needed.
 show: | $(READY) ## rows as a stage's model will see them, and what is dropped or cut (STAGE=sft; ROWS=3)

@@ -116,7 +116,7 @@ def test_missing_config_file() -> None:
         parse(SFTArguments, ["--config"])
 
 
-@pytest.mark.parametrize("kind", [*STAGE_ARGUMENTS.values(), A.ChatArguments])
+@pytest.mark.parametrize("kind", [*STAGE_ARGUMENTS.values(), A.ChatArguments, A.ExportArguments])
 def test_every_field_is_explained_in_help(kind: type, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as leaving:
         parse(kind, ["--help"])
@@ -165,7 +165,7 @@ def test_pretrain_defaults_describe_a_legal_shape() -> None:
     assert args.num_attention_heads % args.num_key_value_heads == 0 and args.block_size <= args.max_position_embeddings
 
 
-@pytest.mark.parametrize("kind", [*STAGE_ARGUMENTS.values(), A.ChatArguments])
+@pytest.mark.parametrize("kind", [*STAGE_ARGUMENTS.values(), A.ChatArguments, A.ExportArguments])
 def test_what_a_run_was_given_can_be_given_again(kind: type, tmp_path: Path) -> None:
     """stage.json has the settings; as a YAML file they make the same run."""
     args = resolve(kind())
@@ -176,7 +176,7 @@ def test_what_a_run_was_given_can_be_given_again(kind: type, tmp_path: Path) -> 
 
 def test_every_number_has_bounds() -> None:
     """A whole number that may be anything is a bound that was forgotten."""
-    for kind in [*STAGE_ARGUMENTS.values(), A.ChatArguments]:
+    for kind in [*STAGE_ARGUMENTS.values(), A.ChatArguments, A.ExportArguments]:
         for field in dataclasses.fields(kind):
             assert field.type not in (int, float, int | None, float | None), field.name
 

@@ -1,4 +1,4 @@
-"""Bad input of ten kinds: each stops with one sentence that says what, where and what to do, before work begins.
+"""Bad input of eleven kinds: each stops with one sentence that says what, where and what to do, before work begins.
 
 For each case: exit code 2, one line on stderr that fits the pattern, no traceback, no expensive step, and every file
 that was there before is there afterwards with the same bytes.
@@ -25,7 +25,7 @@ from pipeline.ppo import PPOTrainer
 from pipeline.runtime import arguments
 from pipeline.runtime.console import run as run_stage
 from pipeline.runtime.ppo_arguments import PPOArguments
-from stages import evaluate, ppo, preferences, pretrain, report, reward, sft, tokenizer
+from stages import evaluate, export, ppo, preferences, pretrain, report, reward, sft, tokenizer
 
 pytestmark = pytest.mark.slow  # the table as a whole
 STAGES: dict[str, tuple[Callable[[Any], None], type]] = {
@@ -37,6 +37,7 @@ STAGES: dict[str, tuple[Callable[[Any], None], type]] = {
     "ppo": (ppo.main, PPOArguments),
     "evaluate": (evaluate.main, arguments.EvaluateArguments),
     "report": (report.main, arguments.ReportArguments),
+    "export": (export.main, arguments.ExportArguments),
 }
 
 
@@ -508,6 +509,39 @@ LAUNCH = [
         {"fresh/sft/stage.json": "{}"},
     ),
 ]
+EXPORT = [
+    Bad("no such form", "export", "--to onnx", "to: 'onnx' is none of 'hf', 'gguf', 'hub'"),
+    Bad(
+        "eight bits in a folder", "export", "--dtype q8_0", "dtype: q8_0 is for `--to gguf`; a stock folder takes fp32"
+    ),
+    Bad("no repository", "export", "--to hub", "repo_id: `--to hub` needs the name of a repository"),
+    Bad("no name of a repository", "export", "--to hub --repo_id a/b/c", "repo_id: .*a/b/c"),
+    Bad("a repository without a push", "export", "--repo_id ann/mine", "repo_id: ann/mine is for `--to hub`"),
+    Bad("the hub switched off", "export", "--to hub --repo_id ann/mine", "HF_HUB_OFFLINE is set"),
+    Bad("no identifier of a licence", "export", "--license MIT", "license: 'MIT' is no identifier of the hub"),
+    Bad(
+        "a reward model as GGUF",
+        "export",
+        "--to gguf --model_name_or_path {run}/reward",
+        "takes policies|needs the conv",
+    ),
+    Bad("nothing to export", "export", FRESH + " --model_name_or_path none", "run `make ppo RUN=.*` first"),
+    Bad("no model", "export", "--model_name_or_path {tmp}/none", "none does not exist; check the path"),
+    Bad("no tokenizer", "export", M, "no tokenizer can be opened", prepare=policy_without("tokenizer.json")),
+    Bad("no weights", "export", M, "model", prepare=policy_without("model.safetensors")),
+    Bad("a record of nothing", "export", M, "stage.json is no record", prepare=policy_with("stage.json", b"{}")),
+    Bad("inside the model", "export", "--output_dir {run}/ppo/out", "lies in its own input"),
+    Bad(
+        "a thesis in the way", "export", "--output_dir {tmp}/o", "no stage wrote .thesis.txt", {"o/thesis.txt": "mine"}
+    ),
+    Bad(
+        "an adapter of nothing",
+        "export",
+        "--model_name_or_path {tmp}/a",
+        "does not say which model it belongs to",
+        {"a/adapter_config.json": "{}", "a/adapter_model.safetensors": "x"},
+    ),
+]
 KINDS = {
     "config": CONFIG,
     "yaml": YAML,
@@ -519,6 +553,7 @@ KINDS = {
     "rewards": REWARDS,
     "file system": FILE_SYSTEM,
     "launch": LAUNCH,
+    "export": EXPORT,
 }
 CASES = [pytest.param(case, id=f"{kind}: {case.name}") for kind, cases in KINDS.items() for case in cases]
 
@@ -537,6 +572,7 @@ def small(stage: str, run: Path) -> list[str]:
         "evaluate": f"--pretrain_model {run}/pretrain --sft_model {run}/sft --ppo_model {run}/ppo --reward_model "
         f"{run}/reward --num_prompts 8",
         "report": "",
+        "export": f"--model_name_or_path {run}/ppo",
     }
     return words[stage].split()
 
@@ -569,6 +605,7 @@ def nothing_expensive(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
     monkeypatch.setattr(Trainer, "train", begun)
     monkeypatch.setattr(PPOTrainer, "train", begun)
     monkeypatch.setattr("pipeline.judging.generate", begun)
+    monkeypatch.setattr("stages.export.write_folder", begun)
     monkeypatch.setattr(shutil, "rmtree", begun)
 
 

@@ -56,6 +56,7 @@ ROOMS = {
     "checkpoint": {"errors", "identity"},
     "ppo": {"errors", "bounds", "identity", "checkpoint", "lock", "text", "model", "rewards", "judging"},
     "report": {"errors", "chain", "judging"},
+    "export": {"errors", "checkpoint", "text", "model", "report"},
     "runtime": {"errors", "bounds", "identity", "checkpoint", "lock", "chain", "text", "model", "ppo"},
 }
 

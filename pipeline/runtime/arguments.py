@@ -295,6 +295,29 @@ class ChatArguments(RunArguments):
     """Sample from the smallest set of tokens with this much probability together (nucleus, arXiv 1904.09751)."""
 
 
+@dataclass
+class ExportArguments(StageArguments):
+    """Take a model out of the project: a stock folder with a model card, a GGUF file, or a repository on the hub."""
+
+    output_dir: str = "{run_dir}/export/{to}"
+    """Folder to write, `{to}` in it standing for hf, gguf or hub: `model/` (of gguf `model.gguf`) and stage.json."""
+    to: Literal["hf", "gguf", "hub"] = "hf"
+    """hf: a folder that transformers opens, with a model card; gguf: a file for llama.cpp; hub: the folder, then pushed
+    to `repo_id`."""
+    model_name_or_path: str | None = None
+    """Policy, reward model or LoRA adapter (merged); none: the last policy of the run, which is ppo, else sft, else
+    pretrain."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16", "q8_0"] = "auto"
+    """Precision of the weights; auto: what the model's folder holds; q8_0 (8 bits, 32 weights a scale) is for gguf."""
+    license: str | None = None
+    """Licence of the model, by the hub's identifier (mit, apache-2.0, …); none: the base model's where it is recorded,
+    else `unknown`."""
+    repo_id: str | None = None
+    """Repository `owner/name` to push to; with `--to hub` only, which needs it."""
+    private: bool = True
+    """Whether a repository that the push creates is private; with `--to hub` only."""
+
+
 def replace_text(value: Any, old: str, new: str) -> Any:
     """A field's value with `new` in place of `old`, in a text or in each of a list."""
     if isinstance(value, list):
