@@ -116,6 +116,7 @@ def test_the_folder_is_merged_and_peft_opens_the_adapter(run: Path, name: str, b
     assert (run / name / "tokenizer.json").exists() and not (run / name / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_opening_says_how_much_is_trained(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     train_sft(run, tmp_path / "sft", max_steps=1)
     assert f"LoRA: {LORA:,} of {WHOLE + LORA:,} parameters are trained" in capsys.readouterr().out
@@ -134,6 +135,7 @@ def test_a_reward_is_standardised_as_the_merged_model_scores(run: Path) -> None:
     assert shared(*answers) == pytest.approx(judge(*answers), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [train_sft, train_reward])
 def test_recomputed_blocks_change_no_weight(run: Path, tmp_path: Path, train: Any) -> None:
     for on in (False, True):
@@ -195,7 +197,10 @@ def left_by(output: Path) -> dict[str, torch.Tensor]:
     return {f"{f.relative_to(output)} {name}": value for f in files for name, value in load_file(f).items()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+FIRST, *OTHERS = KINDS  # one of them shows the kind
+
+
+@pytest.mark.parametrize("kind", [FIRST, *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS)])
 def test_one_base_gives_what_separate_bases_give(run: Path, tmp_path: Path, kind: str) -> None:
     """The same command but for share_base: metrics of three updates and two evaluations, and every weight left."""
     apart, together = (optimise(run, tmp_path / str(on), share_base=on, **KINDS[kind]) for on in (False, True))
@@ -216,7 +221,7 @@ def test_one_base_gives_what_separate_bases_give(run: Path, tmp_path: Path, kind
     assert moved > 1e-3
 
 
-@pytest.mark.parametrize("kind", list(KINDS)[:2])
+@pytest.mark.parametrize("kind", [FIRST, pytest.param("critic from the policy", marks=pytest.mark.slow)])
 def test_what_one_base_leaves_opens_with_peft(run: Path, tmp_path: Path, kind: str) -> None:
     optimise(run, tmp_path, share_base=True, total_episodes=8, **KINDS[kind])
     whole, base = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path, run / "sft-lora"))
@@ -252,6 +257,7 @@ def test_there_is_one_base_in_memory(run: Path, tmp_path: Path, monkeypatch: pyt
     )  # the reward model's update twice, as its own and as the critic's start
 
 
+@pytest.mark.slow
 def test_a_killed_run_on_one_base_ends_with_the_same_bits(run: Path, tmp_path: Path, monkeypatch: Any) -> None:
     whole = optimise(run, tmp_path / "whole", share_base=True)
     learn = PPOTrainer.learn
@@ -346,3 +352,10 @@ def test_a_merged_copy_leaves_the_model_as_it_was(run: Path) -> None:
     close(logits(whole), logits(model))
     table = whole.get_input_embeddings().weight
     assert table.data_ptr() == model.get_input_embeddings().weight.data_ptr()  # what is not adapted is not copied
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_sharded_weights_cannot_be_merged(run: Path, tmp_path: Path, monkeypatch: Any, variable: str) -> None:
+    monkeypatch.setenv(variable, "true")  # what the launcher sets
+    with pytest.raises(UserError, match="sft: use_peft is not for FSDP or DeepSpeed, as the adapter is merged"):
+        train_sft(run, tmp_path)
