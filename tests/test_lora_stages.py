@@ -303,6 +303,27 @@ def test_two_processes_on_one_base_are_two_on_separate_bases(run: Path, tmp_path
         torch.testing.assert_close(two[key], value, atol=1e-5, rtol=0, msg=key)
 
 
+@pytest.mark.slow
+def test_two_processes_tune_as_one(run: Path, tmp_path: Path) -> None:
+    """The same rows in each step, so the same adapter but for rounding, and one merged folder."""
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu-2.yaml"]
+    left = []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        fields = STEPS | {"model_name_or_path": run / "pretrain", "dataset": run / "sft.jsonl", "output_dir": output}
+        fields |= {"run_dir": run, "validation_size": 5, "per_device_train_batch_size": 4 // processes}
+        words = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+        words = [*([*launch, "--main_process_port", "0"] if processes == 2 else []), "-m", "stages.sft", *words]
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        assert json.loads((output / "stage.json").read_text())["processes"] == processes
+        left.append({name: value for name, value in left_by(output).items() if "checkpoints" not in name})
+    one, two = left
+    assert one.keys() == two.keys() and any("adapter/" in key for key in one)
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, atol=1e-4, rtol=1e-3, msg=key)
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
