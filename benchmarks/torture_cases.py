@@ -85,8 +85,17 @@ CONFIGURATIONS = {
     ),
     "rloo": Configuration({"ppo": "--num_generations 2 --lr_scheduler_type constant --ptx_coef 0 --ptx_dataset none"}),
     "share-trunk": Configuration({"ppo": "--advantage_estimator gae --num_generations 1 --share_trunk True"}),
-    "lora": Configuration({"ppo": "--use_peft True --lora_r 2 --lr_scheduler_type constant"}),
+    "lora": Configuration(
+        every(("sft", "reward"), "--use_peft True --lora_r 2 --lora_dropout 0.1 --optimizer adamw")
+        | {"ppo": "--use_peft True --lora_r 2 --lr_scheduler_type constant"}
+    ),
     "lora-gae": Configuration({"ppo": "--use_peft True --lora_r 2 --advantage_estimator gae --num_generations 1"}),
+    "share-base": Configuration(  # beside a function, as the preset's reward model is no adapter
+        {
+            "ppo": "--use_peft True --lora_r 2 --share_base True --advantage_estimator gae --num_generations 1 "
+            "--reward reward_data.stories:gold --critic_name_or_path {run_dir}/sft"
+        }
+    ),
     "moving-reference": Configuration(
         {"ppo": "--ref_sync_updates 2 --normalize_scores True --score_clip 3 --best_metric win_rate"}
     ),

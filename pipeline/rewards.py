@@ -16,15 +16,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
 from pipeline.errors import UserError
 from pipeline.model.hardware import use_bf16
 from pipeline.model.load import fit_embeddings, load_reward
+from pipeline.model.shared import reward_on
 from pipeline.text.lengths import Reader, positions_of
 from pipeline.text.tokenizer import load_tokenizer, scored_ids
 from reward_data.formats import text_of
@@ -53,13 +55,19 @@ class RewardModel:
     """
 
     def __init__(
-        self, path: str, device: torch.device | str | None = None, mixed_precision: str = "auto", batch_size: int = 64
+        self,
+        path: str,
+        device: torch.device | str | None = None,
+        mixed_precision: str = "auto",
+        batch_size: int = 64,
+        base: PreTrainedModel | None = None,
     ) -> None:
         self.path, self.batch_size = str(path), batch_size
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.bf16 = use_bf16(mixed_precision)
         self.tokenizer = load_tokenizer(path)
-        self.model: Any = load_reward(path, self.device).requires_grad_(False)
+        model = load_reward(path) if base is None else reward_on(base, path)
+        self.model = cast(Any, model).to(self.device).requires_grad_(False)
         config = self.model.config
         if config.num_labels != 1:
             raise UserError(f"{path} is a classifier with {config.num_labels} labels; a reward needs one")
@@ -343,10 +351,12 @@ def load_rewards(
     mixed_precision: str = "auto",
     ensemble: Combine = "mean",
     uwo_coef: float = 0.1,
+    base: PreTrainedModel | None = None,
 ) -> WeightedRewards:
     """Rewards by name: `module:function` is imported, anything else is the folder or hub name of a reward model.
 
-    Several names in one, with commas between, are an ensemble, which counts as one reward with one weight.
+    Several names in one, with commas between, are an ensemble, which counts as one reward with one weight. With `base`
+    all reward models are adapters on it (RewardModel).
     """
     if not names:
         raise UserError("no reward is given; name at least one reward model or function")
@@ -357,7 +367,7 @@ def load_rewards(
         raise UserError(f"reward_weights: {', '.join(map(str, weights))} must be finite numbers")
     sources = []
     for name, weight in zip(names, weights, strict=True):
-        members = [_load_reward(part, device, mixed_precision) for part in reward_names([name])]
+        members = [_load_reward(part, device, mixed_precision, base) for part in reward_names([name])]
         if not members:
             raise UserError(f"reward {name!r} names no reward model and no function")
         reward = members[0] if len(members) == 1 else Ensemble(members, ensemble, uwo_coef)
@@ -365,7 +375,9 @@ def load_rewards(
     return WeightedRewards(sources)
 
 
-def _load_reward(name: str, device: torch.device | str | None, mixed_precision: str) -> RewardFunction:
+def _load_reward(
+    name: str, device: torch.device | str | None, mixed_precision: str, base: PreTrainedModel | None
+) -> RewardFunction:
     if is_function_name(name):
         return load_function(name)
     file, _, function = name.partition(":")
@@ -377,7 +389,7 @@ def _load_reward(name: str, device: torch.device | str | None, mixed_precision: 
         )
     if ":" in name and "/" not in name and not Path(name).exists():
         raise UserError(f"reward {name}: there is no such folder, and a function is named module:function")
-    return RewardModel(name, device, mixed_precision)
+    return RewardModel(name, device, mixed_precision, base=base)
 
 
 def reward_names(names: Sequence[str]) -> list[str]:

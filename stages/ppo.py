@@ -5,16 +5,18 @@ from pathlib import Path
 
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import UserError
 from pipeline.model.load import fit_embeddings, load_critic, load_policy
-from pipeline.model.lora import add_lora, without_wrapper
+from pipeline.model.lora import add_lora, lora_told, without_wrapper
+from pipeline.model.shared import critic_on
 from pipeline.ppo import PPOTrainer
 from pipeline.ppo.advantages import ESTIMATORS, check_estimator
 from pipeline.ppo.config import check_config
 from pipeline.rewards import RewardFunction, load_function, load_rewards, readers_of, reward_names
 from pipeline.runtime import preview, signals
+from pipeline.runtime.arguments import check_lora
 from pipeline.runtime.console import run
 from pipeline.runtime.ppo_arguments import PPOArguments
 from pipeline.runtime.record import Stage
@@ -42,6 +44,9 @@ def main(args: PPOArguments) -> None:
     }
     stage = Stage(args, "ppo", inputs | {"dataset": args.dataset, "ptx_dataset": args.ptx_dataset})
     stage.shown = tuple(SHOWN.split())
+    check_lora("ppo", args)
+    if args.share_base and not args.use_peft:
+        raise UserError("ppo: share_base is for LoRA, which freezes what is shared; set use_peft too")
     check_config(args, stage.accelerator.num_processes)  # before the models are opened
     check_estimator(args)
     tokenizer = load_tokenizer(args.model_name_or_path)
@@ -52,12 +57,14 @@ def main(args: PPOArguments) -> None:
         mixed_precision=args.mixed_precision,
         ensemble=args.reward_ensemble,
         uwo_coef=args.uwo_coef,
+        base=policy if args.share_base else None,
     )
-    prompts = load_prompts(args, stage, tokenizer, {"policy": policy, "critic": critic}, rewards)
+    actor, critic = with_lora(args, stage, policy, critic)
+    prompts = load_prompts(args, stage, tokenizer, {"policy": actor, "critic": critic}, rewards)
     if args.show:
         return
     trainer = PPOTrainer(
-        policy,
+        actor,
         rewards,
         args,
         prompts["training"],
@@ -103,17 +110,32 @@ def has_critic_network(args: PPOArguments) -> bool:
     return ESTIMATORS[args.advantage_estimator].needs_critic and not args.share_trunk
 
 
-def load_models(args: PPOArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[nn.Module, nn.Module | None]:
-    """Policy and critic, which is None where it has no network of its own; both with LoRA if asked."""
+def load_models(args: PPOArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, nn.Module | None]:
+    """Policy and critic, which is None where it has no network of its own, as yet without LoRA."""
     policy, critic = load_policy(args.model_name_or_path), None
     fit_embeddings(policy, tokenizer, args.model_name_or_path)
-    if has_critic_network(args):
+    if has_critic_network(args) and args.share_base:
+        critic = critic_on(policy, args.critic_name_or_path)
+    elif has_critic_network(args):
         critic = load_critic(args.critic_name_or_path)
         fit_embeddings(critic, tokenizer, args.critic_name_or_path)
+    return policy, critic
+
+
+def with_lora(
+    args: PPOArguments, stage: Stage, policy: nn.Module, critic: nn.Module | None
+) -> tuple[nn.Module, nn.Module | None]:
+    """Policy and critic as they are trained; says how much of them that is."""
     if not args.use_peft:
         return policy, critic
-    with_lora = add_lora(policy, args.lora_r, args.lora_alpha, args.lora_target_modules)
-    return with_lora, critic and add_lora(critic, args.lora_r, args.lora_alpha)
+    policy = add_lora(policy, args.lora_r, args.lora_alpha, args.lora_target_modules)
+    critic = critic and add_lora(critic, args.lora_r, args.lora_alpha)
+    for name, model in (("policy", policy), ("critic", critic)):
+        if model is not None:
+            stage.say(f"{name}: {lora_told(model)}")
+    if args.share_base:
+        stage.say(f"all models are {args.model_name_or_path}, once in memory, with adapters")
+    return policy, critic
 
 
 def pretraining_text(args: PPOArguments) -> list[str] | None:

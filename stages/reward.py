@@ -9,7 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 from trl import RewardConfig, RewardTrainer
 
@@ -18,7 +19,7 @@ from pipeline.judging import wilson_interval
 from pipeline.model.load import fit_embeddings, load_critic
 from pipeline.rewards import RewardModel
 from pipeline.runtime import hf_trainer, preview
-from pipeline.runtime.arguments import RewardArguments
+from pipeline.runtime.arguments import RewardArguments, check_lora
 from pipeline.runtime.console import run
 from pipeline.runtime.record import Stage
 from pipeline.runtime.sums import shares, total
@@ -35,11 +36,13 @@ NAMES = ("prompt", "chosen", "rejected")
 def main(args: RewardArguments) -> None:
     """Fit r(prompt, answer) so that σ(r(chosen) − r(rejected)) is the share of people who chose it (Bradley-Terry)."""
     stage = Stage(args, "reward", {"model": args.model_name_or_path, "dataset": args.dataset})
+    check_lora("reward", args)
     tokenizer = load_tokenizer(args.model_name_or_path)
     model = load_critic(args.model_name_or_path).train()  # the trunk of the SFT model, a new head N(0, 1/(d+1))
     model.config.pad_token_id = tokenizer.pad_token_id
     fit_embeddings(model, tokenizer, args.model_name_or_path)
     check_positions("reward", "max_length", args.max_length, model, args.model_name_or_path)
+    trained = hf_trainer.with_lora(args, stage, model)
     training, held_out = (
         prepare(args, tokenizer, data.load_preferences(args.dataset, split=split, seed=args.seed), f"{split} pairs")
         for split in ("train", "test")
@@ -49,7 +52,7 @@ def main(args: RewardArguments) -> None:
         return preview.show(stage, views, told, tokenizer, "the score is read at the token between")
     preview.say(stage, views, told)
 
-    trainer = build_trainer(args, stage, model, tokenizer, training.tokens, held_out.tokens)
+    trainer = build_trainer(args, stage, trained, tokenizer, training.tokens, held_out.tokens)
     hf_trainer.train(trainer, hf_trainer.StageCallback(stage))
     hf_trainer.save_model(trainer, stage)
     if not stage.is_main:
@@ -147,7 +150,7 @@ class ExactRewardTrainer(RewardTrainer):
 def build_trainer(
     args: RewardArguments,
     stage: Stage,
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
     held_out: Dataset,

@@ -6,13 +6,14 @@ from typing import Any, cast
 import numpy as np
 import torch
 from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.model.load import fit_embeddings, load_policy
 from pipeline.runtime import hf_trainer, preview
-from pipeline.runtime.arguments import SFTArguments
+from pipeline.runtime.arguments import SFTArguments, check_lora
 from pipeline.runtime.console import run
 from pipeline.runtime.record import Stage
 from pipeline.runtime.sums import shares, total
@@ -36,6 +37,7 @@ from reward_data.formats import text_of
 def main(args: SFTArguments) -> None:
     """Teach the model to answer: the loss is on the tokens of the answer and of its end, not on the prompt."""
     stage = Stage(args, "sft", {"model": args.model_name_or_path, "dataset": args.dataset})
+    check_lora("sft", args)
     tokenizer, model = load_tokenizer(args.model_name_or_path), load_policy(args.model_name_or_path).train()
     check_positions("sft", "max_length", args.max_length, model, args.model_name_or_path)
     loaded = {
@@ -44,13 +46,14 @@ def main(args: SFTArguments) -> None:
     }
     ends = set_ends(model, tokenizer, chat=is_chat(loaded["training"].rows))
     fit_embeddings(model, tokenizer, args.model_name_or_path)
+    trained = hf_trainer.with_lora(args, stage, model)
     training, held_out = (prepare(args, tokenizer, part, f"{name} rows") for name, part in loaded.items())
     views, told = [training.view, held_out.view], preview.ends_told(tokenizer, ends)
     if args.show:
         return preview.show(stage, views, told, tokenizer, "trained on is what stands between")
     preview.say(stage, views, told)
 
-    trainer = build_trainer(args, stage, model, tokenizer, training.rows, held_out.rows)
+    trainer = build_trainer(args, stage, trained, tokenizer, training.rows, held_out.rows)
     hf_trainer.train(trainer, hf_trainer.StageCallback(stage))
     eval_loss = trainer.evaluate()["eval_loss"]
     model.generation_config.eos_token_id = ends
@@ -168,7 +171,7 @@ class ExactSFTTrainer(SFTTrainer):
 def build_trainer(
     args: SFTArguments,
     stage: Stage,
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
     held_out: Dataset,

@@ -21,6 +21,8 @@ from tiny_models import tiny_config, tiny_policy, tiny_tokenizer, write_models
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, Trainer
 
 from pipeline.model.gpt import GPTForSequenceClassification
+from pipeline.model.load import load_critic
+from pipeline.model.lora import add_lora
 from pipeline.ppo import PPOTrainer
 from pipeline.runtime import arguments
 from pipeline.runtime.console import run as run_stage
@@ -114,6 +116,13 @@ def two_labels(tmp: Path) -> None:
 def gpt2(tmp: Path) -> None:
     config = GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=1)
     model_folder(tmp, GPT2LMHeadModel(config))
+
+
+def adapter_of_pretrain(tmp: Path) -> None:
+    """A folder `adapter` that names a folder `pretrain` as its model."""
+    model_folder(tmp, tiny_policy(0), "pretrain")
+    add_lora(load_critic(str(tmp / "pretrain"))).save_pretrained(tmp / "adapter")
+    tiny_tokenizer().save_pretrained(tmp / "adapter")
 
 
 def bert(tmp: Path) -> None:
@@ -400,6 +409,46 @@ MODELS = [
         {"rows.jsonl": many(ASK)},
     ),
     Bad("no such matrices", "ppo", D + " --use_peft true --lora_target_modules wq", "wq", {"rows.jsonl": many(ASK)}),
+    Bad(
+        "no such matrices to tune", "sft", "--use_peft true --lora_target_modules wq", "sft: .* no module wq|module wq"
+    ),
+    Bad(
+        "an output layer",
+        "sft",
+        "--use_peft true --lora_target_modules lm_head",
+        "sft: .*lm_head: the loss is computed",
+    ),
+    Bad("Muon and LoRA", "reward", "--use_peft true --optimizer muon", "optimizer muon .* set optimizer to adamw"),
+    Bad("a rank without LoRA", "reward", "--lora_r 8", "reward: lora_r is set but use_peft is not; set it too"),
+    Bad("matrices without LoRA", "ppo", "--lora_target_modules q_proj", "ppo: lora_target_modules is set but use_peft"),
+    Bad("all of it dropped", "sft", "--use_peft true --lora_dropout 1", "lora_dropout: 1.0 must be .* below 1"),
+    Bad("one base without LoRA", "ppo", "--share_base true", "share_base is for LoRA, .*; set use_peft too"),
+    Bad(
+        "one base, a critic that is no adapter",
+        "ppo",
+        "--use_peft true --share_base true",
+        "reward has no LoRA adapter; train it on .*sft with use_peft, or set share_base to false",
+    ),
+    Bad(
+        "one base, a reward that is no adapter",
+        "ppo",
+        "--use_peft true --share_base true --critic_name_or_path {run}/sft",
+        "reward has no LoRA adapter; train it on .*sft with use_peft, or set share_base to false",
+    ),
+    Bad(
+        "one base, an adapter of another",
+        "ppo",
+        "--use_peft true --share_base true --critic_name_or_path {tmp}/adapter",
+        r"adapter is no adapter of .*sft \(it names .*pretrain\); train it on that model",
+        prepare=adapter_of_pretrain,
+    ),
+    Bad(
+        "one base, of another kind",
+        "ppo",
+        "--use_peft true --share_base true --critic_name_or_path {tmp}/model",
+        r"model is no adapter of .*sft \(it is a gpt2\)",
+        prepare=gpt2,
+    ),
 ]
 NUMBERS = [
     Bad("no steps", "sft", "--max_steps 0", "max_steps: 0"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import course, ppo
+from benchmarks import course, memory, ppo
 from benchmarks.common import compare
 
 
@@ -81,3 +81,13 @@ def test_flat_reports_every_tenth(capsys):
     assert line["ratio"] == round(line["seconds"][2] / line["seconds"][1], 3)
     assert line["memory_ratio"] == round(line["memory_mb"][2] / line["memory_mb"][1], 3)
     assert "tenth  3" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_each_way_alone(capsys):
+    line = memory.main(["--quick"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == line
+    peaks = {way: figures["peak_mb"] for way, figures in line["ways"].items()}
+    assert list(peaks) == list(memory.WAYS) and line["ratio"] == round(peaks["shared"] / peaks["whole"], 3)
+    scores = {round(figures["scores"], 4) for figures in line["ways"].values()}
+    assert len(scores) == 1 and all(figures["kl"] == 0.0 for figures in line["ways"].values())

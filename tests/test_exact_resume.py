@@ -40,7 +40,10 @@ STAGES: dict[str, tuple[Callable[[Any], None], type]] = {
     "stream": (pretrain.main, PretrainArguments),
     "sft": (sft.main, SFTArguments),
     "reward": (reward.main, RewardArguments),
+    "sft-lora": (sft.main, SFTArguments),
+    "reward-lora": (reward.main, RewardArguments),
 }
+LORA = {"use_peft": True, "lora_r": 2, "lora_dropout": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def go(run: Path, stage: str, output: Path, **changes: Any) -> None:
     main, kind = STAGES[stage]
+    stage, _, lora = stage.partition("-")
     data = "pretrain" if stage == "stream" else stage
     fields = {"run_dir": str(run), "dataset": str(run / f"{data}.jsonl"), "output_dir": str(output)}
     if stage == "stream":
@@ -80,7 +84,7 @@ def go(run: Path, stage: str, output: Path, **changes: Any) -> None:
     else:
         fields["model_name_or_path"] = str(run / ("dropout" if stage == "sft" else "base"))
         changes |= {"max_length": 64} if stage == "reward" else {"max_length": 64, "validation_size": 7}
-    main(resolve(kind(**fields | STEPS | changes)))
+    main(resolve(kind(**fields | STEPS | (LORA if lora else {}) | changes)))
 
 
 def without_times(content: Any) -> Any:
@@ -91,7 +95,8 @@ def left_by(output: Path) -> dict[str, Any]:
     """What a stage left, without times."""
     lines = (output / "metrics.jsonl").read_text().splitlines()
     record = json.loads((output / "stage.json").read_text())
-    files = {path.name: sha256_of(path) for path in output.iterdir() if path.is_file()}
+    found = (path for place in (output, output / "adapter") for path in place.glob("*") if path.is_file())
+    files = {str(path.relative_to(output)): sha256_of(path) for path in found}
     return {
         **{name: sums for name, sums in files.items() if name not in ("metrics.jsonl", "stage.json")},
         "lines": [without_times(json.loads(line)) for line in lines],

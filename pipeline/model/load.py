@@ -80,9 +80,14 @@ def load_critic(path: str, device: torch.device | str | None = None) -> PreTrain
     head: Any = getattr(critic, "score", None)
     if not isinstance(head, nn.Linear):
         raise UserError(f"{path} opens as {type(critic).__name__}, which has no linear head `score` for a critic")
-    nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
-    forget_scale(critic)
+    draw_head(critic)
     return critic
+
+
+def draw_head(critic: Any) -> None:
+    """Give a critic the new head N(0, 1/(d+1))."""
+    nn.init.normal_(critic.score.weight, std=(critic.score.in_features + 1) ** -0.5)
+    forget_scale(critic)
 
 
 def states_at(model: nn.Module, ids: Tensor, places: Tensor) -> Tensor:

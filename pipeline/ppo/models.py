@@ -102,7 +102,7 @@ def check_models(
     models = {name: without_wrapper(model) for name, model in given.items() if model is not None}
     for name, model in models.items():
         check_fits(tokenizer, embedding_count(model), f"the {name}")
-    own = {id(p) for p in policy.parameters()}
+    own = {id(p) for p in policy.parameters() if p.requires_grad}  # a frozen base may be shared (model/shared.py)
     if critic is not None and any(id(p) in own for p in critic.parameters()):
         raise UserError("the critic shares weights with the policy; give it weights of its own, or set share_trunk")
     if reference is not None and reference is not policy and any(id(p) in own for p in reference.parameters()):

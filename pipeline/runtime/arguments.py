@@ -3,10 +3,12 @@
 pipeline/runtime/command_line.py fills them from a YAML file and the command line.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.bounds import Count, CountOrZero, Decay, Even, NotNegative, Positive, PositiveShare, Seed, Steps
+from pipeline.errors import UserError
 
 Precision = Literal["auto", "bf16", "no"]
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "warmup_stable_decay"]
@@ -101,6 +103,43 @@ class TrainingFields(DataFields):
 
 
 @dataclass
+class LoraFields:
+    """Fields of the stages that can train with LoRA (sft, reward, ppo), under the names of TRL's scripts."""
+
+    use_peft: bool = False
+    """Train low-rank updates instead of all weights (LoRA, arXiv 2106.09685), which takes less memory and about ten
+    times the learning rate. A new head is trained whole. The folder has the merged model, and `adapter` beside it."""
+    lora_r: Count = 16
+    """Rank of the updates; only with use_peft."""
+    lora_alpha: Count = 32
+    """The updates are scaled by lora_alpha / lora_r; only with use_peft."""
+    lora_target_modules: list[str] | None = None
+    """Last parts of the names of the matrices that get an update; none or all-linear: all those of the blocks. PPO's
+    critic gets one all over. Only with use_peft."""
+
+
+@dataclass
+class TrainedLoraFields(LoraFields):
+    """The same for the stages that train with transformers' Trainer (sft, reward)."""
+
+    lora_dropout: Decay = 0.0
+    """Share of an update's inputs that is dropped in training, against overfitting (TRL's scripts: 0.05); only with
+    use_peft."""
+
+
+def check_lora(stage: str, args: LoraFields) -> None:
+    """Raise UserError for fields of LoRA that would be passed over, and for what they do not go with."""
+    fields = (field for field in dataclasses.fields(args) if field.name.startswith("lora_"))
+    given = [field.name for field in fields if getattr(args, field.name) != field.default]
+    if given and not args.use_peft:
+        raise UserError(f"{stage}: {given[0]} is set but use_peft is not; set it too, or leave {given[0]} out")
+    if args.use_peft and getattr(args, "optimizer", "adamw") == "muon":
+        raise UserError(
+            f"{stage}: optimizer muon moves whole matrices, and with use_peft none is trained; set optimizer to adamw"
+        )
+
+
+@dataclass
 class TokenizerArguments(DataFields):
     """Train a tokenizer: byte-level BPE, or one token a character."""
 
@@ -178,7 +217,7 @@ class PretrainArguments(GPTShape, TrainingFields):
 
 
 @dataclass
-class SFTArguments(TrainingFields):
+class SFTArguments(TrainedLoraFields, TrainingFields):
     """Supervised fine-tuning on prompts and answers, with TRL's SFTTrainer; the loss is on the answer alone."""
 
     output_dir: str = "{run_dir}/sft"
@@ -223,7 +262,7 @@ class PreferencesArguments(SamplingFields):
 
 
 @dataclass
-class RewardArguments(TrainingFields):
+class RewardArguments(TrainedLoraFields, TrainingFields):
     """Train a reward model on preference pairs with TRL's RewardTrainer (Bradley-Terry loss)."""
 
     output_dir: str = "{run_dir}/reward"

@@ -8,17 +8,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from accelerate.utils import send_to_device
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from torch import nn
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from pipeline.checkpoint import seal, set_aside, step_of
+from pipeline.errors import UserError
 from pipeline.model.hardware import use_bf16
+from pipeline.model.lora import add_lora, is_lora, lora_told, save_whole
 from pipeline.model.optim import MuonFactory
 from pipeline.runtime import signals
-from pipeline.runtime.arguments import TrainingFields
+from pipeline.runtime.arguments import TrainedLoraFields, TrainingFields
 from pipeline.runtime.console import processes
 from pipeline.runtime.nan_guard import NanGuard
 from pipeline.runtime.record import Stage
@@ -302,9 +305,37 @@ def set_damaged_aside(checkpoints: Path, done: int) -> None:
             set_aside(checkpoint)
 
 
+def with_lora(args: TrainedLoraFields, stage: Stage, model: PreTrainedModel) -> nn.Module:
+    """The model as it is trained, with LoRA where `use_peft` asks for it; says how much of it is trained.
+
+    Raises UserError where another process would hold a part of the weights, which could not be merged at the end.
+    """
+    if not args.use_peft:
+        return model
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise UserError(
+            f"{stage.name}: use_peft is not for FSDP or DeepSpeed, as the adapter is merged into whole weights; launch "
+            "with configs/accelerate/ddp.yaml, or set use_peft to false"
+        )
+    adapted = add_lora(model, args.lora_r, args.lora_alpha, args.lora_target_modules, args.lora_dropout).train()
+    if hasattr(model.get_output_embeddings(), "base_layer"):
+        raise UserError(
+            f"{stage.name}: lora_target_modules {' '.join(args.lora_target_modules or ())}: the loss is computed from "
+            "the weights of the output layer, so an update beside them would learn nothing; leave that layer out"
+        )
+    stage.say(lora_told(adapted))
+    return adapted
+
+
 def save_model(trainer: Trainer, stage: Stage) -> None:
-    """Write the stock folder (weights, config, generation_config, tokenizer), also when the weights are sharded."""
-    trainer.save_model(str(stage.output_dir))
+    """Write the stock folder (weights, config, generation_config, tokenizer), also when the weights are sharded; with
+    LoRA merged, and the adapter beside it."""
+    model, tokenizer = cast(nn.Module, trainer.model), cast(Any, trainer.processing_class)
+    if not is_lora(model):
+        trainer.save_model(str(stage.output_dir))
+    elif stage.is_main:
+        save_whole(model, stage.output_dir)
+        tokenizer.save_pretrained(stage.output_dir)
     if stage.is_main:
         (stage.output_dir / "training_args.bin").unlink(missing_ok=True)  # a pickle; stage.json has the settings
     trainer.accelerator.wait_for_everyone()

@@ -5,11 +5,11 @@ from typing import Literal
 
 from pipeline.bounds import Count, NotNegative
 from pipeline.ppo.config import PPOConfig
-from pipeline.runtime.arguments import DataFields
+from pipeline.runtime.arguments import DataFields, LoraFields
 
 
 @dataclass
-class PPOArguments(DataFields, PPOConfig):
+class PPOArguments(DataFields, LoraFields, PPOConfig):
     """Optimise the policy against the reward model with PPO, under a KL penalty to the SFT model."""
 
     output_dir: str = "{run_dir}/ppo"
@@ -24,17 +24,10 @@ class PPOArguments(DataFields, PPOConfig):
     """What becomes of a prompt that leaves policy, critic or a reward model no room for an answer of response_length:
     counted and left out, or an error."""
     model_name_or_path: str = "{run_dir}/sft"
-    """Policy to optimise; its frozen copy is the reference."""
-    use_peft: bool = False
-    """Train low-rank updates of policy and critic instead of all weights (LoRA, arXiv 2106.09685): less memory; the
-    reference is the policy with its adapter switched off. The folder has the merged model, and `adapter` beside it."""
-    lora_r: Count = 16
-    """Rank of the updates; only with use_peft."""
-    lora_alpha: Count = 32
-    """The updates are scaled by lora_alpha / lora_r; only with use_peft."""
-    lora_target_modules: list[str] | None = None
-    """Last parts of the names of the policy's matrices that get an update; none or all-linear: all of its blocks. The
-    critic's get one all over. Only with use_peft."""
+    """Policy to optimise; its frozen copy is the reference, with use_peft itself without its adapter."""
+    share_base: bool = False
+    """Policy, reference, critic and reward model as LoRA adapters on one base in memory: model_name_or_path, on which
+    the reward model was trained with use_peft. Less memory, the same result up to rounding. Only with use_peft."""
     reward: list[str] = field(default_factory=lambda: ["{run_dir}/reward"])
     """Rewards: folders of reward models and functions `module:name`; their weighted sum is optimised. Several in one
     entry, with commas between, are an ensemble: one reward."""
