@@ -48,7 +48,9 @@ def main(args: EvaluateArguments) -> None:
     for name, verdict in verdicts.items():
         stage.log({f"{name}/{key}": value for key, value in verdict.figures.items()})
     write_json(stage.output_dir / "scores.json", scores | {"gold": args.gold, "num_prompts": len(prompts)})
-    write_jsonl(stage.output_dir / "samples.jsonl", judging.samples_of(verdicts))
+    samples = judging.samples_of(verdicts)
+    write_jsonl(stage.output_dir / "samples.jsonl", samples)
+    stage.table("answers", samples)
     stage.finish(scores)
 
 

@@ -8,10 +8,11 @@ from annotated_types import Gt
 
 from pipeline.bounds import Count, CountOrZero, Decay, NotNegative, Positive, Seed, Share, check_bounds
 from pipeline.errors import UserError
+from pipeline.trackers import TrackingFields
 
 
 @dataclass
-class PPOConfig:
+class PPOConfig(TrackingFields):
     """Hyperparameters of `pipeline.ppo.PPOTrainer`; where TRL 1.12's PPOConfig has a field, its name is used.
 
     An *update* is one round of PPO: sample `batch_size` answers, score them, make `num_ppo_epochs` passes over them.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.bounds import Count, CountOrZero, Decay, Even, NotNegative, Positive, PositiveShare, Seed, Steps
+from pipeline.trackers import TrackingFields
 
 Precision = Literal["auto", "bf16", "no"]
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "warmup_stable_decay"]
@@ -26,7 +27,7 @@ class RunArguments:
 
 
 @dataclass
-class StageArguments(RunArguments):
+class StageArguments(RunArguments, TrackingFields):
     """Fields that every stage has."""
 
     output_dir: str = "{run_dir}/stage"
