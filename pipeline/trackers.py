@@ -26,6 +26,7 @@ PACKAGES = {
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),
 }
+OWN = {"step", "time"}  # which every tracker has of its own for each line
 TABLE_ROWS = 64  # of a table of answers; trackers keep every table of a run
 
 
@@ -124,8 +125,11 @@ class Trackers:
         if tracker == "wandb":
             folder.mkdir(exist_ok=True)
             return made(self.project, name=name, dir=str(folder))
-        os.environ.setdefault("MLFLOW_TRACKING_URI", folder.as_uri())
-        return made(self.project, run_name=name)
+        if "MLFLOW_TRACKING_URI" in os.environ:  # a server or database of the user's, which has a place for files
+            return made(self.project, run_name=name)
+        folder.mkdir(exist_ok=True)
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+        return made(self.project, run_name=name, logging_dir=folder.as_uri())
 
     def _place(self, tracker: str) -> str:
         """The tracker's name, and where on this machine it writes if its variable names no other place."""
@@ -135,8 +139,9 @@ class Trackers:
     def log(self, row: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl; one without `step` counts for the last step."""
         self.step = row.get("step", self.step)
-        numbers = {name: value for name, value in row.items() if name != "step" and isinstance(value, int | float)}
-        texts = {name: value for name, value in row.items() if isinstance(value, str)}
+        values = {name: value for name, value in flat(row).items() if name not in OWN}
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        texts = {name: value for name, value in values.items() if isinstance(value, str)}
 
         def send(name: str, tracker: Any) -> None:
             tracker.log(numbers if name == "mlflow" else numbers | texts, step=self.step)
