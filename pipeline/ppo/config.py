@@ -48,6 +48,8 @@ class PPOConfig(TrackingFields):
     """Longest answer in tokens; one without an end token by then is truncated."""
     temperature: Positive = 1.0
     """Sampling temperature; every log-probability is taken of logits / temperature."""
+    eval_temperature: NotNegative | None = None
+    """Temperature of the held-out answers; 0 always takes the likeliest token; none: that of the training answers."""
     normalize_scores: bool = False
     """Take from each score the mean of all scores so far and divide it by their standard deviation."""
     score_clip: Positive | None = None

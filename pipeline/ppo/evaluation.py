@@ -102,7 +102,7 @@ class Evaluator:
 
     def _batch(self, indices: Sequence[int], random: torch.Generator, with_kl: bool) -> list[HeldOutAnswer]:
         batch = self.prompts.take(indices)
-        samples, completions = self.answerer.answer(batch, random)
+        samples, completions = self.answerer.answer(batch, random, self.learner.args.eval_temperature)
         proxy = self.rewards(batch.prompts, completions, **batch.columns)
         gold: list[Any] = [None] * len(completions)
         if self.gold:
