@@ -15,7 +15,8 @@ from reward_data.formats import Answer, text_of
 MARK = "####"
 # What may follow the mark: a sign, a currency, digits with or without commas between thousands, a fraction.
 NUMBER = re.compile(
-    r"[ \t]*(?P<sign>[-−+]?)[ \t]*[$€£]?[ \t]*(?P<later>[-−+]?)(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d*)(?P<part>\.\d+)?"
+    r"[ \t]*(?P<sign>[-−+]?)[ \t]*(?:[$€£][ \t]*(?P<later>[-−+]?))?"
+    r"(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d*)(?P<part>\.\d+)?"
 )
 
 

@@ -21,7 +21,7 @@ from pipeline.runtime.ppo_arguments import PPOArguments
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "reward_data/README.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 # Options of other programs than the stages and the benchmarks.
-FOREIGN = {"config", "config_file", "help", "sample"}
+FOREIGN = {"config", "config_file", "help", "sample", "constraint", "logdir"}
 KINDS = [kind for name, kind in vars(arguments).items() if name.endswith("Arguments")] + [PPOArguments]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
