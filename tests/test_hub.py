@@ -247,13 +247,15 @@ def ended(run: Path, stages: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_gsm8k_to_its_end(tmp_path: Path) -> None:
+def test_gsm8k_to_its_end(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model = tiny_qwen2(tmp_path / "Qwen2.5-0.5B-Instruct")
     data = write(tmp_path / "gsm8k", train=gsm8k_rows(12), test=gsm8k_rows(6, 100))
     models = {"ppo": ["--model_name_or_path", model, "--critic_name_or_path", model]}
     models["evaluate"] = ["--pretrain_model", model, "--sft_model", model]
     run = tmp_path / "hub-gsm8k"
     run_recipe("gsm8k", run, {stage: ["--dataset", data, *words] for stage, words in models.items()})
+    said = capsys.readouterr().out
+    assert f"ppo  each prompt ends with {ASKED!r}" in said and f"evaluate  each prompt ends with {ASKED!r}" in said
     config = ended(run, "ppo evaluate")["ppo"]["config"]
     assert config["critic_head_init"] == "zero" and config["prompt_suffix"] == ASKED
     lines = [json.loads(line) for line in (run / "ppo/metrics.jsonl").read_text().splitlines()]

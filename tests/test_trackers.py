@@ -155,6 +155,30 @@ def test_ppo_reports_its_lines_and_the_answers_of_every_evaluation(
     assert len(shown) == 2 + TABLE_ROWS and last[0]["text"] in shown[2]
 
 
+@needs_both
+def test_a_resumed_script_shows_no_step_twice(tmp_path: Path, trackio_folder: Path) -> None:
+    """PPO from Python, broken off after update 3, of which update 2 has the last checkpoint."""
+
+    def stop(made: PPOTrainer, metrics: dict) -> None:
+        if made.state.updates_done == 3:
+            raise KeyboardInterrupt
+
+    def build(*callbacks: Any) -> PPOTrainer:
+        args = settings(tmp_path, save_steps=2, report_to=BOTH, project="script", run_name="s")
+        return PPOTrainer(policy(), count_t7, args, prompts(), tokenizer(), critic=critic(), callbacks=callbacks)
+
+    first, second = build(stop), build()
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    first.recorder.trackers.finish()  # type: ignore[attr-defined]
+    second.train()
+    second.recorder.trackers.finish()  # type: ignore[attr-defined]
+    found = scalars(tmp_path / "trackers" / "tensorboard")
+    assert [step for step, _ in found["objective/kl"]] == [1, 2, 3, 4]
+    assert [row["step"] for row in trackio_rows("script", "s")] == [1, 2, 3]
+    assert [row["step"] for row in trackio_rows("script", "s from step 3")] == [3, 4]
+
+
 # ---- stages ---------------------------------------------------------------------------------------------------------
 
 
