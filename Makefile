@@ -4,7 +4,8 @@
 PRESET ?= stories
 SEED   ?= 0
 # One folder a preset and seed, as pipeline/chain.py names it; RUN=runs/anything keeps a trial of your own apart.
-RUN    ?= runs/$(PRESET)$(if $(filter-out 0,$(SEED)),-seed$(SEED))
+NAME    = $(patsubst hub/%,hub-%,$(PRESET))
+RUN    ?= runs/$(NAME)$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
 # What is given is looked at before anything is done with it: its text, which make has not expanded, then its folder.
 hash   := \#
@@ -13,7 +14,7 @@ quoted = '$(subst ','\'',$(1))'
 home = $(subst |>,,$(subst |>~/,|>$(HOME)/,|>$(1)))
 # Signs that make or the shell would take for something else than a part of a folder's name
 SIGNS := $$ ' " \ ` ; & | < > ( ) { } [ ] * ? ! % : = $(hash)
-PRESETS := $(filter-out accelerate,$(notdir $(patsubst %/,%,$(wildcard configs/*/))))
+PRESETS := $(filter-out accelerate hub,$(patsubst configs/%/,%,$(wildcard configs/*/ configs/hub/*/)))
 ifneq ($(filter-out $(PRESETS),$(value PRESET))$(filter-out 1,$(words $(value PRESET))),)
 $(error PRESET=$(value PRESET) is none of: $(PRESETS))
 endif
@@ -29,7 +30,7 @@ endif
 override RUN := $(patsubst %/,%,$(call home,$(RUN)))
 endif
 # Finished runs for `make figures`, one a seed.
-RUNS   ?= $(sort $(wildcard runs/$(PRESET) runs/$(PRESET)-seed*))
+RUNS   ?= $(sort $(wildcard runs/$(NAME) runs/$(NAME)-seed*))
 ARGS   ?=
 # Rows that `make show` prints.
 ROWS   ?= 3
@@ -92,7 +93,7 @@ $(RUN)/.settings/text: FORCE
 
 define stage
 $(1): $(RUN)/$(1)/stage.json
-$(RUN)/$(1)/stage.json: $(2:%=$(RUN)/%/stage.json) configs/$(PRESET)/$(1).yaml $(inputs_of) $(if $(FRESH),$(if $(filter $(1),$(NAMED)),FORCE)) | $(READY)
+$(RUN)/$(1)/stage.json: $(patsubst %,$(RUN)/%/stage.json,$(filter $(STAGES),$(2))) configs/$(PRESET)/$(1).yaml $(inputs_of) $(if $(FRESH),$(if $(filter $(1),$(NAMED)),FORCE)) | $(READY)
 	@$$(LAUNCH) stages.$(1) --config configs/$(PRESET)/$(1).yaml --run_dir $(RUN) --seed $(SEED) $(if $(text_for),--dataset $(call quoted,$(TEXT))) $$(if $$(filter $(1),$$(NAMED)),$$(ARGS))
 	@test -e $$@ || { echo 'error: stages.$(1) ended without $$@: does its file call run() and stage.finish()?' >&2; exit 2; }
 endef
@@ -190,5 +191,5 @@ clean: ## remove the run of this PRESET and SEED (never the others)
 	rm -rf -- '$(RUN)'
 
 help: ## this list
-	@echo "make [target] [PRESET=stories|reviews|shakespeare|smoke] [SEED=0] [TEXT=my.txt] [RUN=runs/name] [ARGS='--field value']"
+	@echo "make [target] [PRESET=stories|reviews|shakespeare|smoke|hub/gsm8k|hub/tldr|hub/hh] [SEED=0] [TEXT=my.txt] [RUN=runs/name] [ARGS='--field value']"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))

@@ -1,6 +1,7 @@
 """Compare finished runs with what their preset expects: `python -m benchmarks.check --runs runs/stories …`.
 
-The thresholds stand in configs/<preset>/expected.yaml: a figure by its place in summary.json, and under it any of
+The thresholds stand in configs/<preset>/expected.yaml: a figure by its place in summary.json, or one of a stage's
+metrics.jsonl at a step (`ppo.eval/gold@110`), and under it any of
 `at_least`, `at_most`, `within: [share, other figure]` and `above: [policies]` (by more than two standard errors of the
 mean difference in gold, paired over the held-out prompts). The exit code is 1 if a threshold does not hold,
 2 if there is nothing to compare.
@@ -56,7 +57,7 @@ def check(run: Run, expected: dict[str, dict[str, Any]]) -> list[Finding]:
         findings.append(Finding(run.folder.name, words, found, holds))
 
     for name, thresholds in expected.items():
-        value = _figure(figures, name)
+        value = _logged(run, name) if "@" in name else _figure(figures, name)
         for kind, bound in thresholds.items():
             if kind == "above":
                 findings += [_above(run, name.split(".")[1], other) for other in bound]
@@ -78,6 +79,14 @@ def _figure(figures: Any, name: str) -> float | None:
     for key in name.split("."):
         figures = figures.get(key) if isinstance(figures, dict) else None
     return figures
+
+
+def _logged(run: Run, name: str) -> float | None:
+    """The figure `stage.name@step` in the last line of the stage's metrics.jsonl that has it at that step."""
+    stage, _, rest = name.partition(".")
+    figure, _, step = rest.rpartition("@")
+    rows = (row for row in run.metrics.get(stage, []) if str(row.get("step")) == step)
+    return next((row[figure] for row in reversed(list(rows)) if row.get(figure) is not None), None)
 
 
 def _above(run: Run, ours: str, theirs: str) -> Finding:

@@ -5,20 +5,26 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint import MANIFEST, fault_of
+from pipeline.trackers import FOLDER as TRACKERS
 
 # What is measured with a clock, or tells how fast a machine was; in no file is anything else left out.
 TIMES = {"time", "started", "seconds", "seconds_left", "tokens_per_s", "episodes_per_s", "mfu", "memory_mb"}
 TIMES |= {f"time/{part}" for part in ("sample", "score", "logprobs", "reference", "critic", "update")}
 TIMES |= {f"{what}_runtime" for what in ("eval", "train")}
 TIMES |= {f"{what}_{unit}_per_second" for what in ("eval", "train") for unit in ("samples", "steps", "tokens")}
-# A lock, empty or with a process's number; and the Trainer's pickle of its settings, which stage.json has.
+# A lock, empty or with a process's number; and the Trainer's pickle of its settings, which stage.json has. What
+# trackers keep, in a folder of its own, is full of times and random names.
 IGNORED = {".lock", "training_args.bin"}
 
 
 def compare(expected: Path, found: Path) -> tuple[int, list[str]]:
     """How many files were compared, and a sentence for each that is missing, left over or different."""
     names, there = (
-        {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name not in IGNORED}
+        {
+            str(p.relative_to(folder))
+            for p in folder.rglob("*")
+            if p.is_file() and p.name not in IGNORED and TRACKERS not in p.relative_to(folder).parts
+        }
         for folder in (expected, found)
     )
     said = []

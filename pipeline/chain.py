@@ -27,7 +27,11 @@ class Stage:
 
 
 def run_name(preset: str, seed: int) -> str:
-    """The folder of a run within `runs/`, from its preset and seed: the Makefile's RUN is the same by the same rule."""
+    """The folder of a run within `runs/`, from its preset and seed: the Makefile's RUN is the same by the same rule.
+
+    The recipes for the hub are presets `hub/<name>`; their runs are `hub-<name>`.
+    """
+    preset = re.sub("^hub/", "hub-", preset)
     return f"{preset}-seed{seed}" if seed else preset
 
 
@@ -91,5 +95,6 @@ def make_words(stage: str, run_dir: str) -> str:
     named = re.fullmatch(r"runs/(?P<preset>[^/]+?)(-seed(?P<seed>\d+))?", run_dir.rstrip("/"))
     if named is None:
         return f"make {stage} RUN={run_dir}"
-    preset = "" if named["preset"] == "stories" else f" PRESET={named['preset']}"
+    name = re.sub("^hub-", "hub/", named["preset"])
+    preset = "" if name == "stories" else f" PRESET={name}"
     return f"make {stage}{preset}" + (f" SEED={named['seed']}" if named["seed"] else "")

@@ -49,7 +49,7 @@ CONTEXT = (*SYSTEM, "history")
 """Columns that are part of a conversation's prompt, in every format."""
 ASKED_BESIDE = ("input", "context", "instruction", "passage", "document", "suffix")
 """Columns that are part of what is asked: refused in SFT and reward where the format does not use them."""
-ASKING = {"prompt", "instruction", "input", "context", "conversations", "messages", "info"}
+ASKING = {"prompt", "instruction", "input", "context", "conversations", "messages", "info", "question"}
 """Columns that a prompt is made from, where the format uses them; rewards are given all others."""
 REFUSED = frozenset(
     {
@@ -369,6 +369,11 @@ def from_messages(row: Row, name: str = "messages") -> Row:
     return {"prompt": joined(prompt, messages)}
 
 
+def from_question(row: Row) -> Row:
+    """GSM8K: a question and its worked answer; as a prompt, the answer goes to the rewards."""
+    return {"prompt": user(text_field(row, "question")), "completion": assistant(text_field(row, "answer"))}
+
+
 def from_prompt(row: Row) -> Row:
     return {"prompt": _answer_field(row, "prompt")}
 
@@ -606,6 +611,7 @@ FORMATS: tuple[Format, ...] = (
     _format("prompt and completion", "prompt completion", "completion", from_prompt_completion),
     _format("tl;dr", "prompt label", "completion", from_tldr, fits=is_tldr),
     _format("messages", "messages", "completion", from_messages, also="prompt"),
+    _format("question and answer", "question answer", "completion", from_question),
     _format("prompt", "prompt", "", from_prompt),
     _format("instruction", "instruction", "", from_instruction, also="input context"),
 )

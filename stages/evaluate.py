@@ -11,7 +11,7 @@ from pipeline import judging
 from pipeline.checkpoint import write_json, write_jsonl
 from pipeline.errors import UserError
 from pipeline.model.load import fit_embeddings, load_policy
-from pipeline.rewards import RewardModel, checked, load_function, readers_of
+from pipeline.rewards import RewardModel, checked, is_function_name, load_function, readers_of
 from pipeline.runtime import preview
 from pipeline.runtime.arguments import EvaluateArguments
 from pipeline.runtime.console import run
@@ -26,12 +26,18 @@ from reward_data.formats import answer_to
 def main(args: EvaluateArguments) -> None:
     """Write scores.json (figures by policy, win rate) and samples.jsonl (every answer with its scores)."""
     names = {"pretrain": args.pretrain_model, "sft": args.sft_model, "ppo": args.ppo_model}
-    stage = Stage(args, "evaluate", {**names, "reward": args.reward_model, "dataset": args.dataset})
+    written = is_function_name(args.reward_model)  # a rule, in place of a reward model
+    inputs = {**names, "reward": None if written else args.reward_model, "dataset": args.dataset}
+    stage = Stage(args, "evaluate", inputs)
     if not stage.is_main:  # a minute's work: one process does it
         return
     policies = load_policies(names, stage)
-    loaded = {"test": data.load_prompts(args.dataset, split="test", seed=args.seed, size=args.num_prompts)}
-    reward = RewardModel(args.reward_model, stage.device, args.mixed_precision, args.eval_batch_size)
+    asked: dict[str, Any] = {"seed": args.seed, "size": args.num_prompts, "suffix": args.prompt_suffix}
+    loaded = {"test": data.load_prompts(args.dataset, split="test", **asked)}
+    if written:
+        reward: Any = load_function(args.reward_model)
+    else:
+        reward = RewardModel(args.reward_model, stage.device, args.mixed_precision, args.eval_batch_size)
     columns = fitting_columns(args, stage, policies, loaded, [reward, args.gold and load_function(args.gold)])
     if args.show:
         return
@@ -48,7 +54,9 @@ def main(args: EvaluateArguments) -> None:
     for name, verdict in verdicts.items():
         stage.log({f"{name}/{key}": value for key, value in verdict.figures.items()})
     write_json(stage.output_dir / "scores.json", scores | {"gold": args.gold, "num_prompts": len(prompts)})
-    write_jsonl(stage.output_dir / "samples.jsonl", judging.samples_of(verdicts))
+    samples = judging.samples_of(verdicts)
+    write_jsonl(stage.output_dir / "samples.jsonl", samples)
+    stage.table("answers", samples)
     stage.finish(scores)
 
 

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from torch import nn
@@ -95,9 +96,10 @@ def load_prompts(
         for name, model in models.items()
         if model is not None
     ]
+    asked: dict[str, Any] = {"seed": args.seed, "suffix": args.prompt_suffix}
     splits = {
-        "training": data.load_prompts(args.dataset, split="ppo", seed=args.seed, size=args.dataset_size),
-        "held-out": data.load_prompts(args.dataset, split="validation", seed=args.seed, size=args.eval_size),
+        "training": data.load_prompts(args.dataset, split="ppo", size=args.dataset_size, **asked),
+        "held-out": data.load_prompts(args.dataset, split="validation", size=args.eval_size, **asked),
     }
     readers += readers_of(rewards, load_function(args.gold) if args.gold else None)
     ends = stop_ids(models["policy"], tokenizer, is_chat(splits["training"].rows))
@@ -115,9 +117,9 @@ def load_models(args: PPOArguments, tokenizer: PreTrainedTokenizerBase) -> tuple
     policy, critic = load_policy(args.model_name_or_path), None
     fit_embeddings(policy, tokenizer, args.model_name_or_path)
     if has_critic_network(args) and args.share_base:
-        critic = critic_on(policy, args.critic_name_or_path)
+        critic = critic_on(policy, args.critic_name_or_path, args.critic_head_init)
     elif has_critic_network(args):
-        critic = load_critic(args.critic_name_or_path)
+        critic = load_critic(args.critic_name_or_path, head=args.critic_head_init)
         fit_embeddings(critic, tokenizer, args.critic_name_or_path)
     return policy, critic
 

@@ -23,7 +23,9 @@ from pipeline.runtime.parts import Parts
 from pipeline.runtime.record import Stage
 from pipeline.text import data
 from pipeline.text.tokenizer import load_tokenizer
-from reward_data.formats import answer_to
+from reward_data.formats import answer_to, text_of
+
+PAIR = ("prompt", "chosen", "rejected")
 
 
 def main(args: PreferencesArguments) -> None:
@@ -42,6 +44,7 @@ def main(args: PreferencesArguments) -> None:
             raise UserError(f"preferences: no {split} pairs came out (all answers tied); sample more or hotter")
     stage.begin()
     write_pairs(stage.output_dir, splits)
+    stage.table("pairs", [{name: text_of(row[name]) for name in PAIR} for row in splits["train"]])
     metrics: dict[str, float] = {"pairs": len(splits["train"]), "test_pairs": len(splits["test"])}
     if not human:
         rows = splits["train"] + splits["test"]

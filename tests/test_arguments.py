@@ -128,14 +128,20 @@ def test_every_field_is_explained_in_help(kind: type, capsys: pytest.CaptureFixt
 
 
 PRESETS = sorted(
-    path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "accelerate" and path.stem != "expected"
+    path
+    for path in (ROOT / "configs").glob("**/*.yaml")
+    if path.parent.name != "accelerate" and path.stem != "expected"
 )
 
 
-@pytest.mark.parametrize("path", PRESETS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def preset_of(path: Path) -> str:
+    return path.parent.relative_to(ROOT / "configs").as_posix()
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: f"{preset_of(path)}/{path.stem}")
 def test_presets_parse_and_every_key_says_why(path: Path) -> None:
     args = parse(STAGE_ARGUMENTS[path.stem], ["--config", str(path)])
-    assert args.preset == path.parent.name
+    assert args.preset == preset_of(path)
     own_name = {"preset", "dataset"}
     for line in path.read_text().splitlines():
         if line and not line.startswith(("#", " ")):

@@ -21,7 +21,7 @@ from pipeline.runtime.ppo_arguments import PPOArguments
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "reward_data/README.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 # Options of other programs than the stages and the benchmarks.
-FOREIGN = {"config", "config_file", "help", "sample"}
+FOREIGN = {"config", "config_file", "help", "sample", "constraint", "logdir"}
 KINDS = [kind for name, kind in vars(arguments).items() if name.endswith("Arguments")] + [PPOArguments]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -105,7 +105,7 @@ def test_make_targets_and_presets_exist(page: Path, targets: set[str]) -> None:
     lines = [line for line in commands(page.read_text(encoding="utf-8")) if re.match(r"make\b", line)]
     named = {word for line in lines for word in re.findall(r"^make ([a-z]+(?:-[a-z]+)*)(?= |$)", line)}
     assert named <= targets, named - targets
-    presets = {word for line in lines for word in re.findall(r"PRESET=([a-z-]+)", line)}
+    presets = {word for line in lines for word in re.findall(r"PRESET=([a-z0-9/-]+)", line)}
     assert all((ROOT / "configs" / preset).is_dir() for preset in presets), presets
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from pipeline.chain import run_name
+from pipeline.chain import make_words, run_name
 
 Make = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -105,11 +105,24 @@ def test_a_home_folder_and_odd_but_plain_names(make: Make, monkeypatch: pytest.M
         assert f"--dataset '{tmp_path}/it'\\''s mine.txt'" in made.stdout, made.stderr
 
 
-@pytest.mark.parametrize("preset", ["stories", "reviews", "smoke"])
+@pytest.mark.parametrize("preset", ["stories", "reviews", "smoke", "hub/gsm8k", "hub/tldr", "hub/hh"])
 @pytest.mark.parametrize("seed", [0, 1, 12])
 def test_run_is_the_one_that_the_stages_take_by_themselves(make: Make, preset: str, seed: int) -> None:
-    ran = re.findall(r"--run_dir (\S+)", make("-n", "tokenizer", f"PRESET={preset}", f"SEED={seed}").stdout)
+    first = "ppo" if preset == "hub/gsm8k" else "sft" if preset.startswith("hub/") else "tokenizer"
+    ran = re.findall(r"--run_dir (\S+)", make("-n", first, f"PRESET={preset}", f"SEED={seed}").stdout)
     assert set(ran) == {f"runs/{run_name(preset, seed)}"}
+    words = make_words(first, ran[0])
+    assert words.split()[2:] == [f"PRESET={preset}"][preset == "stories" :] + ([f"SEED={seed}"] if seed else [])
+
+
+def test_a_recipe_for_the_hub_runs_the_stages_that_it_has(make: Make) -> None:
+    """Not those before them: their models come from the hub."""
+    stages = {"gsm8k": "ppo evaluate report", **dict.fromkeys(("tldr", "hh"), "sft reward ppo evaluate report")}
+    for name, ran in stages.items():
+        dry = make("-n", f"PRESET=hub/{name}")
+        assert re.findall(r"-m stages\.(\w+)", dry.stdout) == ran.split(), dry.stderr
+        assert f"--config configs/hub/{name}/ppo.yaml" in dry.stdout
+    assert "PRESET=hub/gsm8k has no stage sft" in make("sft", "PRESET=hub/gsm8k").stderr
 
 
 @pytest.mark.parametrize(
@@ -121,7 +134,7 @@ def test_a_seed_is_a_whole_number(make: Make, project: Path, words: str) -> None
 
 
 @pytest.mark.parametrize(
-    "preset", ["", "stories smoke", "%", "../configs", "accelerate", "storys", "$(shell touch made)"]
+    "preset", ["", "stories smoke", "%", "../configs", "accelerate", "hub", "hub/", "storys", "$(shell touch made)"]
 )
 def test_a_preset_is_one_of_those_there_are(make: Make, project: Path, preset: str) -> None:
     done = make("-n", "tokenizer", f"PRESET={preset}")

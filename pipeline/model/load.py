@@ -74,19 +74,22 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def load_critic(path: str, device: torch.device | str | None = None) -> PreTrainedModel:
-    """A value model: the trunk of `path` (a policy or a reward model), a new head N(0, 1/(d+1)) (arXiv 2403.17031)."""
+def load_critic(path: str, device: torch.device | str | None = None, head: str = "normal") -> PreTrainedModel:
+    """A value model: the trunk of `path` (a policy or a reward model) and a new head.
+
+    head  normal: weights N(0, 1/(d+1)) (arXiv 2403.17031); zero: all values are 0 at first
+    """
     critic = load_reward(path, device, trained=False)
-    head: Any = getattr(critic, "score", None)
-    if not isinstance(head, nn.Linear):
+    linear: Any = getattr(critic, "score", None)
+    if not isinstance(linear, nn.Linear):
         raise UserError(f"{path} opens as {type(critic).__name__}, which has no linear head `score` for a critic")
-    draw_head(critic)
+    draw_head(critic, head)
     return critic
 
 
-def draw_head(critic: Any) -> None:
-    """Give a critic the new head N(0, 1/(d+1))."""
-    nn.init.normal_(critic.score.weight, std=(critic.score.in_features + 1) ** -0.5)
+def draw_head(critic: Any, head: str = "normal") -> None:
+    """Give a critic a new head, as `load_critic` says."""
+    nn.init.normal_(critic.score.weight, std=(critic.score.in_features + 1) ** -0.5 if head == "normal" else 0.0)
     forget_scale(critic)
 
 

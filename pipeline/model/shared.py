@@ -24,7 +24,7 @@ from pipeline.text.tokenizer import ADAPTER, base_of_adapter, cannot_open
 ROUNDING = 1e-6  # of a matrix's largest weight: what another machine may have merged otherwise
 
 
-def critic_on(base: PreTrainedModel, path: str) -> nn.Module:
+def critic_on(base: PreTrainedModel, path: str, head: str = "normal") -> nn.Module:
     """A value model on the weights of `base`, with a new head as `load_critic` draws it; `add_lora` is still to come.
 
     `path` is the folder of the base itself, or one with a LoRA adapter of it, such as a reward model's, which stays
@@ -35,10 +35,10 @@ def critic_on(base: PreTrainedModel, path: str) -> nn.Module:
         # transformers draws a head that is missing before `load_critic` does: the random numbers after it are the same
         with torch.no_grad():
             critic._init_weights(critic.score)
-        draw_head(critic)
+        draw_head(critic, head)
         return critic
     adapted, _ = _adapted(critic, base, path)
-    draw_head(critic)
+    draw_head(critic, head)
     return adapted
 
 

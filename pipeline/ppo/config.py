@@ -8,10 +8,11 @@ from annotated_types import Gt
 
 from pipeline.bounds import Count, CountOrZero, Decay, NotNegative, Positive, Seed, Share, check_bounds
 from pipeline.errors import UserError
+from pipeline.trackers import TrackingFields
 
 
 @dataclass
-class PPOConfig:
+class PPOConfig(TrackingFields):
     """Hyperparameters of `pipeline.ppo.PPOTrainer`; where TRL 1.12's PPOConfig has a field, its name is used.
 
     An *update* is one round of PPO: sample `batch_size` answers, score them, make `num_ppo_epochs` passes over them.
@@ -47,6 +48,8 @@ class PPOConfig:
     """Longest answer in tokens; one without an end token by then is truncated."""
     temperature: Positive = 1.0
     """Sampling temperature; every log-probability is taken of logits / temperature."""
+    eval_temperature: NotNegative | None = None
+    """Temperature of the held-out answers; 0 always takes the likeliest token; none: that of the training answers."""
     normalize_scores: bool = False
     """Take from each score the mean of all scores so far and divide it by their standard deviation."""
     score_clip: Positive | None = None

@@ -21,6 +21,7 @@ from reward_data.formats import text_of
 class HeldOutAnswer:
     """One held-out answer and what is known of it."""
 
+    prompt: str
     text: str
     length: int
     ended: bool
@@ -40,6 +41,7 @@ class Evaluation:
 
     metrics: dict[str, float]
     baseline: list[float]
+    answers: list[HeldOutAnswer]
 
 
 @dataclass
@@ -83,7 +85,7 @@ class Evaluator:
             gold = torch.tensor([answer.gold for answer in answers], dtype=torch.double)
             metrics["eval/gold"] = gold.mean().item()
             metrics["eval/gold_se"] = (gold.std().item() if count > 1 else 0.0) / count**0.5
-        return Evaluation(metrics, baseline)
+        return Evaluation(metrics, baseline, answers)
 
     def answers_of(self, model: nn.Module, with_kl: bool) -> list[HeldOutAnswer]:
         """The answers of `model` to all held-out prompts, scored; those of all processes, on every process."""
@@ -100,13 +102,14 @@ class Evaluator:
 
     def _batch(self, indices: Sequence[int], random: torch.Generator, with_kl: bool) -> list[HeldOutAnswer]:
         batch = self.prompts.take(indices)
-        samples, completions = self.answerer.answer(batch, random)
+        samples, completions = self.answerer.answer(batch, random, self.learner.args.eval_temperature)
         proxy = self.rewards(batch.prompts, completions, **batch.columns)
         gold: list[Any] = [None] * len(completions)
         if self.gold:
             gold = checked("gold", self.gold, batch.prompts, completions, batch.columns)
         lengths, ended = samples.response_lengths.tolist(), samples.ended.tolist()
-        rows = zip(map(text_of, completions), lengths, ended, proxy, gold, strict=True)
+        texts = map(text_of, batch.prompts), map(text_of, completions)
+        rows = zip(*texts, lengths, ended, proxy, gold, strict=True)
         answers = [HeldOutAnswer(*row) for row in rows]
         if with_kl:
             rollout = Rollout.of(samples, torch.tensor(proxy, device=self.learner.device))

@@ -10,11 +10,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from pipeline.checkpoint import latest_checkpoint
+from pipeline.checkpoint import latest_checkpoint, step_of
 from pipeline.errors import UserError
 from pipeline.lock import hold
 from pipeline.model.hardware import use_bf16
 from pipeline.ppo.config import PPOConfig
+from pipeline.trackers import Trackers, check_installed
 
 
 class Recorder(Protocol):
@@ -42,6 +43,9 @@ class Recorder(Protocol):
     def log(self, metrics: dict[str, Any]) -> None:
         """One line of metrics, once."""
 
+    def table(self, name: str, rows: list[dict[str, Any]], step: int) -> None:
+        """Rows, such as the answers of an evaluation, as a table in the trackers, once."""
+
     @property
     def stopping(self) -> int:
         """Not 0 once a signal has asked this process to stop."""
@@ -58,11 +62,13 @@ class Recorder(Protocol):
 
 
 class Prints:
-    """A Recorder for a script: it prints, and keeps checkpoints under `args.output_dir`."""
+    """A Recorder for a script: it prints, reports to `args.report_to`, and keeps checkpoints in `args.output_dir`."""
 
     def __init__(self, args: PPOConfig) -> None:
+        check_installed(args.report_to)
         self.accelerator = build_accelerator(args)
         self.checkpoints, self.keeps = Path(args.output_dir) / "checkpoints", args.save_steps > 0
+        self.trackers = Trackers(args, Path(args.output_dir), Path(args.output_dir).name, self.say)
 
     @property
     def resume_from(self) -> Path | None:
@@ -76,6 +82,9 @@ class Prints:
         if self.keeps and self.accelerator.is_main_process:
             self.checkpoints.parent.mkdir(parents=True, exist_ok=True)
             hold(self.checkpoints.parent)
+        if self.trackers.due and self.accelerator.is_main_process:
+            point = self.resume_from
+            self.trackers.start(step_of(point) + 1 if point else 0)
 
     def stop(self, kept: Path) -> None:
         """Never called."""
@@ -90,6 +99,11 @@ class Prints:
         """Print the numbers of a line on the main process."""
         numbers = {name: value for name, value in metrics.items() if not isinstance(value, str)}
         self.say("  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+        self.trackers.log(metrics)
+
+    def table(self, name: str, rows: list[dict[str, Any]], step: int) -> None:
+        """To the trackers alone."""
+        self.trackers.table(name, rows, step)
 
     def progress(
         self, total: int, description: str, done: int = 0

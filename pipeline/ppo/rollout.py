@@ -275,14 +275,16 @@ class Answerer:
         with self.accelerator.autocast():
             self.sampler.sync(model)
 
-    def answer(self, batch: PromptBatch, random: torch.Generator) -> tuple[Samples, list[Any]]:
+    def answer(
+        self, batch: PromptBatch, random: torch.Generator, temperature: float | None = None
+    ) -> tuple[Samples, list[Any]]:
         """One answer of the synced model to each prompt: token ids; and text, or one assistant message where the
-        prompt is a list of messages, without the end token."""
+        prompt is a list of messages, without the end token. `temperature`: another one than the run's."""
         with self.accelerator.autocast():
             samples = self.sampler.generate(
                 batch.ids,
                 max_new_tokens=self.args.response_length,
-                temperature=self.args.temperature,
+                temperature=self.args.temperature if temperature is None else temperature,
                 eos_token_id=self.end_tokens,
                 pad_token_id=self.pad_token,
                 generator=random,

@@ -11,6 +11,7 @@ the networks models.py's and forward.py's; evaluation.py looks at held-out promp
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +265,8 @@ class PPOTrainer:
             raise UserError("evaluate: there are no held-out prompts; pass eval_dataset")
         evaluation = self.evaluator.evaluate(self.state)
         self.state.baseline = evaluation.baseline
+        rows = [asdict(answer) for answer in evaluation.answers]
+        self.recorder.table("eval/answers", rows, self.state.updates_done)
         return evaluation.metrics
 
     def evaluate_if_due(self) -> None:

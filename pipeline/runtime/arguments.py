@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pipeline.bounds import Count, CountOrZero, Decay, Even, NotNegative, Positive, PositiveShare, Seed, Steps
 from pipeline.errors import UserError
+from pipeline.trackers import TrackingFields
 
 Precision = Literal["auto", "bf16", "no"]
 Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup", "warmup_stable_decay"]
@@ -28,7 +29,7 @@ class RunArguments:
 
 
 @dataclass
-class StageArguments(RunArguments):
+class StageArguments(RunArguments, TrackingFields):
     """Fields that every stage has."""
 
     output_dir: str = "{run_dir}/stage"
@@ -288,6 +289,8 @@ class EvaluateArguments(SamplingFields):
     """Folder of scores.json and samples.jsonl."""
     dataset: str = "stories"
     """Held-out prompts: generator (stories, reviews), file or hub name."""
+    prompt_suffix: str | None = None
+    """Text put after each prompt, as in PPO; none: nothing."""
     gold: str | None = "reward_data.stories:gold"
     """Judge `module:name` of prompts and answers with scores in [0, 1]; none: only proxy, KL and text figures."""
     pretrain_model: str = "{run_dir}/pretrain"
@@ -295,7 +298,7 @@ class EvaluateArguments(SamplingFields):
     sft_model: str = "{run_dir}/sft"
     """SFT model: the reference of the KL, the source of best-of-n, the opponent of the win rate."""
     reward_model: str = "{run_dir}/reward"
-    """Reward model: the proxy score, and the judge that picks the best of n."""
+    """Reward model, or function `module:name`: the proxy score, and the judge that picks the best of n."""
     ppo_model: str = "{run_dir}/ppo"
     """Policy that PPO made."""
     num_prompts: Count = 256

@@ -55,7 +55,7 @@ def training_kwargs(args: TrainingFields, stage: Stage) -> dict[str, Any]:
         "use_cpu": on_cpu,
         "optim": "adamw_torch_fused",
         "disable_tqdm": True,
-        "report_to": [],
+        "report_to": [],  # Stage.log reports, under the names of metrics.jsonl (pipeline/trackers.py)
         "logging_nan_inf_filter": False,  # a loss that is no number must be seen, not filtered
         "dataloader_pin_memory": not on_cpu,
         "ddp_find_unused_parameters": False,  # there are none, and looking for them at each step takes time
@@ -200,6 +200,7 @@ class StageCallback(TrainerCallback):
                 self.stopping = number
                 self.trainer._save_checkpoint(self.trainer.model_wrapped, None)
                 self.on_save(self.trainer.args, state, self.trainer.control)
+        stage.trackers.finish()
         raise signals.Stopped(number, self.kept)
 
 

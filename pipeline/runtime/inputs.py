@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.identity import is_within
 from pipeline.text.sources import find_sources, is_local
 from pipeline.text.tokenizer import ADAPTER, base_of_adapter
+from pipeline.trackers import FOLDER as TRACKERS
 
 HASHED_WHOLE = 4 * 2**30  # bytes
 RECORD = "stage.json"
@@ -31,10 +32,12 @@ def is_content(file: Path) -> bool:
 
 
 def content_of(folder: Path, deep: bool = True) -> list[Path]:
-    """The files of a folder that count, without `deep` those directly in it; a stage's checkpoints do not count."""
+    """The files of a folder that count, without `deep` those directly in it; a stage's checkpoints and trackers
+    do not count."""
     found = (p for p in (folder.rglob("*") if deep else folder.iterdir()) if p.is_file())
     files = sorted(p for p in found if is_content(p.relative_to(folder)))
-    return [p for p in files if folder / "checkpoints" not in p.parents or not is_of_a_stage(folder)]
+    beside = {folder / "checkpoints", folder / TRACKERS}
+    return [p for p in files if beside.isdisjoint(p.parents) or not is_of_a_stage(folder)]
 
 
 def is_of_a_stage(folder: Path) -> bool:

@@ -16,6 +16,8 @@ class PPOArguments(DataFields, LoraFields, PPOConfig):
     """Folder of the optimised policy; its subfolder `critic` has the value model."""
     dataset: str = "stories"
     """Prompts: generator (stories, reviews), file or hub name."""
+    prompt_suffix: str | None = None
+    """Text put after each prompt, of a conversation after its last message, such as how to end; none: nothing."""
     dataset_size: Count = 4000
     """Training prompts to generate or read at most."""
     eval_size: Count = 128
@@ -40,6 +42,9 @@ class PPOArguments(DataFields, LoraFields, PPOConfig):
     critic_name_or_path: str = "{run_dir}/reward"
     """Model whose trunk the critic starts from (the reward model or the policy); its head is new. Not with
     share_trunk, nor with rloo."""
+    critic_head_init: Literal["normal", "zero"] = "normal"
+    """The critic's new head. normal: weights N(0, 1/(d+1)) (arXiv 2403.17031); zero: all values are 0 at
+    first. Only for a critic with a network of its own."""
     gold: str | None = None
     """Judge `module:name` that is only looked at (eval/gold), never optimised."""
     ptx_dataset: str | None = None

@@ -37,6 +37,7 @@ from pipeline.runtime.console import console, line_of, processes, progress_bar
 from pipeline.runtime.inputs import RECORD, code_of, fingerprint, outputs_of
 from pipeline.runtime.resume import Resume, check_place, identity_of
 from pipeline.text.sources import GENERATORS
+from pipeline.trackers import Trackers, check_installed
 
 MIN_FREE_BYTES = 300_000_000
 LIBRARIES = ("torch", "transformers", "trl", "datasets", "accelerate", "tokenizers")
@@ -70,6 +71,7 @@ class Stage:
         self.show = getattr(args, "show", 0)
         self.inputs: dict[str, dict[str, str]] = {}
         self._resume: Resume | None = None
+        self.trackers = Trackers(args, self.output_dir, f"{Path(args.run_dir).name}/{name}", self.say)
         read = {key: path for key, path in inputs.items() if path and path not in GENERATORS}
         self.resume_from = _decide(self.is_main, lambda: self._look(read))
         self.seconds_before = self._resume.seconds if self._resume else 0.0
@@ -81,6 +83,7 @@ class Stage:
         """The checkpoint to go on from, after all that can be checked has been; on the main process."""
         if not self.show:
             check_place(self.name, self.output_dir, read)
+            check_installed(self.args.report_to)
         keys: dict[str, str] = {}  # by path, as a folder that is read for two things is hashed once
         for key, path in read.items():
             keys.setdefault(path, key)
@@ -110,6 +113,7 @@ class Stage:
         if self._resume:
             begun, self._resume = self._resume, None
             begun.begin()
+            self.trackers.start(_next_step(begun.metrics_file))
 
     # --- where the stage runs -------------------------------------------------------------------------------------
 
@@ -140,6 +144,7 @@ class Stage:
 
     def stop(self, kept: Path) -> NoReturn:
         """Raise Stopped: the run's state is in `kept`. A process without a signal of its own follows the others."""
+        self.trackers.finish()
         raise signals.Stopped(self.stopping or signal.SIGTERM, kept)
 
     # --- what is shown and kept -----------------------------------------------------------------------------------
@@ -160,14 +165,23 @@ class Stage:
             return
         self.begin()
         with (self.output_dir / METRICS).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({**metrics, "time": round(self.seconds, 2)}) + "\n")
+            line = {**metrics, "time": round(self.seconds, 2)}
+            stream.write(json.dumps(line) + "\n")
+        self.trackers.log(line)
         self.say(line_of({k: v for k, v in metrics.items() if self.shown is None or k in self.shown}))
+
+    def table(self, name: str, rows: list[dict[str, Any]], step: int = 0) -> None:
+        """Show rows, such as answers, as a table in the trackers; main process only."""
+        if self.is_main:
+            self.begin()
+            self.trackers.table(name, rows, step)
 
     def finish(self, metrics: dict[str, Any], tokens: int | None = None) -> None:
         """Write stage.json, last of all: it marks the folder as complete."""
         if not self.is_main:
             return
         self.begin()
+        self.trackers.finish(metrics)
         record = {
             "stage": self.name,
             "preset": self.args.preset,
@@ -218,6 +232,13 @@ def _check_writable(folder: Path) -> None:
     free, need = shutil.disk_usage(folder).free // 1_000_000, MIN_FREE_BYTES // 1_000_000
     if free < need:
         raise UserError(f"the disk of {folder} has {free} MB free, at least {need} MB are needed; make room")
+
+
+def _next_step(metrics: Path) -> int:
+    """The step after that of the last line of metrics; 0 where there is none."""
+    with contextlib.suppress(OSError, ValueError, KeyError, IndexError, TypeError):
+        return int(json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])["step"]) + 1
+    return 0
 
 
 def _git_commit() -> str | None:

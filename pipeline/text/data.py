@@ -288,10 +288,24 @@ def load_instructions(dataset: str, *, split: Split, seed: int = 0, size: int | 
     return _load("instructions", dataset, split, seed, size)
 
 
-def load_prompts(dataset: str, *, split: Split, seed: int = 0, size: int | None = None) -> Loaded:
+def load_prompts(
+    dataset: str, *, split: Split, seed: int = 0, size: int | None = None, suffix: str | None = None
+) -> Loaded:
     """Rows of prompt, as messages or as text, and any columns beside it, which reward functions are given (None where a
-    row has none); at most `size`, fewer where the data set has fewer. Raises UserError."""
-    return _load("prompts", dataset, split, seed, size)
+    row has none); at most `size`, fewer where the data set has fewer. `suffix` is put after each prompt's text, of a
+    conversation after its last message. Raises UserError."""
+    loaded = _load("prompts", dataset, split, seed, size)
+    if suffix:
+        loaded.rows = Rows(row | {"prompt": _with_suffix(row["prompt"], suffix)} for row in loaded.rows)
+        loaded.notes.append(f"each prompt ends with {suffix!r}")
+    return loaded
+
+
+def _with_suffix(prompt: formats.Answer, suffix: str) -> formats.Answer:
+    if isinstance(prompt, str):
+        return prompt + suffix
+    last = prompt[-1]
+    return [*prompt[:-1], last | {"content": last["content"] + suffix}]
 
 
 def load_preferences(dataset: str, *, split: Split, seed: int = 0, size: int | None = None) -> Loaded:

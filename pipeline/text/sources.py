@@ -30,6 +30,7 @@ import pyarrow.parquet
 from datasets import load_dataset
 
 from pipeline.errors import UserError
+from pipeline.trackers import FOLDER as TRACKERS
 from reward_data.formats import Row
 from reward_data.generators import GENERATORS, Split
 
@@ -235,7 +236,7 @@ def _walk(folder: Path, root: str, linked: bool) -> Iterator[Path]:
     """A folder behind a link is entered, but not the links in it: so no circle is walked round for ever."""
     for path in sorted(folder.iterdir()):
         is_link = path.is_symlink()
-        state_of_a_stage = path.name == "checkpoints" and (folder / "stage.json").exists()
+        state_of_a_stage = path.name in ("checkpoints", TRACKERS) and (folder / "stage.json").exists()
         if path.name.startswith(".") or (is_link and linked) or state_of_a_stage:
             continue
         if is_link and (path.is_dir() or _suffix(path) in SUFFIXES):
