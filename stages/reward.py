@@ -17,7 +17,7 @@ from pipeline.checkpoint import write_json
 from pipeline.judging import wilson_interval
 from pipeline.model.load import fit_embeddings, load_critic
 from pipeline.rewards import RewardModel
-from pipeline.runtime import hf_trainer, preview
+from pipeline.runtime import budget, hf_trainer, preview
 from pipeline.runtime.arguments import RewardArguments
 from pipeline.runtime.console import run
 from pipeline.runtime.record import Stage
@@ -50,6 +50,8 @@ def main(args: RewardArguments) -> None:
     preview.say(stage, views, told)
 
     trainer = build_trainer(args, stage, model, tokenizer, training.tokens, held_out.tokens)
+    if args.dry_run:
+        return budget.of_trainer(stage, trainer, head=False)
     hf_trainer.train(trainer, hf_trainer.StageCallback(stage))
     hf_trainer.save_model(trainer, stage)
     if not stage.is_main:

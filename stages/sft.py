@@ -11,7 +11,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.model.load import fit_embeddings, load_policy
-from pipeline.runtime import hf_trainer, preview
+from pipeline.runtime import budget, hf_trainer, preview
 from pipeline.runtime.arguments import SFTArguments
 from pipeline.runtime.console import run
 from pipeline.runtime.record import Stage
@@ -51,6 +51,8 @@ def main(args: SFTArguments) -> None:
     preview.say(stage, views, told)
 
     trainer = build_trainer(args, stage, model, tokenizer, training.rows, held_out.rows)
+    if args.dry_run:
+        return budget.of_trainer(stage, trainer)
     hf_trainer.train(trainer, hf_trainer.StageCallback(stage))
     eval_loss = trainer.evaluate()["eval_loss"]
     model.generation_config.eos_token_id = ends
