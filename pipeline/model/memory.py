@@ -5,8 +5,9 @@ them, in a forward pass that runs: exact on any device and for any architecture.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -65,41 +66,70 @@ def stand_ins(optimizer: Any, copies: int = 0) -> list[Tensor]:
     return [torch.ones_like(p) for p, count in moments(optimizer) for _ in range(count + copies)]
 
 
-# ---- what a forward pass keeps --------------------------------------------------------------------------------------
+# ---- what a forward and a backward pass take ------------------------------------------------------------------------
 
 
 @dataclass
-class Kept:
-    """Bytes that autograd keeps for the backward pass, beside the parameters."""
+class Passed:
+    """Bytes that a forward and backward pass takes beside weights and gradients."""
 
-    activations: int = 0
-    logits: int = 0
-    """Of tensors whose last dimension is the vocabulary."""
+    kept: int
+    """By autograd for the backward pass; what gradient checkpointing computes again is not in it."""
+    peak: int
+    """The most at a time: what is kept, logits, gradients of activations."""
+
+
+def measured(forward: Callable[[], Tensor], *models: nn.Module | None) -> Passed:
+    """Run `forward`, which gives a loss, and the backward pass, and count what they take.
+
+    The gradients of `models` are there before, so that they are not counted; they are set to None in the end.
+    """
+    device, kept = next(p.device for model in models if model is not None for p in model.parameters()), [0]
+    for parameter in _trained(models):
+        parameter.grad = torch.zeros_like(parameter)
+
+    def work() -> None:
+        with counting(kept, *models):
+            loss = forward()
+        loss.backward()
+
+    peak = peak_of(work, device)
+    for parameter in _trained(models):
+        parameter.grad = None
+    return Passed(kept[0], peak)
+
+
+def peak_of(work: Callable[[], None], device: torch.device) -> int:
+    """The most bytes of tensors that `work` has at a time, beside those that were there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    results: Any = profile.profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]  # taken, or given back
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(sizes, initial=0))
 
 
 @contextlib.contextmanager
-def counting(models: Iterable[nn.Module | None], vocab_size: int) -> Iterator[Kept]:
-    """Count what forward passes in this context keep, each storage once.
-
-    What gradient checkpointing computes again is not counted.
-    """
-    kept, seen = Kept(), set[int]()
-    own = {p.untyped_storage().data_ptr() for model in models if model is not None for p in model.parameters()}
-    alive: list[Any] = []  # or the next tensor could have the address of one that is gone
+def counting(total: list[int], *models: nn.Module | None) -> Iterator[None]:
+    """Add to `total[0]` what autograd keeps of forward passes in this context, beside the parameters of `models`."""
+    own = (p for model in models if model is not None for p in model.parameters())
+    kept: dict[int, Any] = {p.untyped_storage().data_ptr(): None for p in own}  # held, so that no address comes again
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own and storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
-            alive.append(storage)
-            if tensor.shape and tensor.shape[-1] == vocab_size:
-                kept.logits += storage.nbytes()
-            else:
-                kept.activations += storage.nbytes()
+        if storage.data_ptr() not in kept:
+            kept[storage.data_ptr()] = storage
+            total[0] += storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield kept
+        yield
+    kept.clear()
 
 
 @dataclass(frozen=True)
@@ -119,9 +149,9 @@ class Line:
         return self.fixed + self.row * rows
 
 
-def logit_bytes(kept_of_one_row: float, rows: int) -> float:
-    """Logits of `rows` rows, of which one keeps so many bytes: no more than the chunks in which losses take them."""
-    return min(kept_of_one_row * rows, max(kept_of_one_row, 4.0 * CHUNK_ELEMENTS))
+def logit_bytes(tokens: int, vocab_size: int) -> int:
+    """fp32 logits of so many positions, or of as many as are taken at a time (model/logprobs.py)."""
+    return 4 * min(tokens * vocab_size, max(vocab_size, CHUNK_ELEMENTS))
 
 
 # ---- what the machine has -------------------------------------------------------------------------------------------

@@ -7,10 +7,8 @@ comes from these steps, and the peak is the one that was seen.
 
 import datetime
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,12 +20,13 @@ from pipeline.model.flops import flops_per_token
 from pipeline.model.load import parameter_count
 from pipeline.model.lora import without_wrapper
 from pipeline.model.memory import (
-    Kept,
     Line,
+    Passed,
     available,
     gradient_bytes,
     is_out_of_memory,
     logit_bytes,
+    measured,
     moment_bytes,
     resident,
     trained_count,
@@ -45,41 +44,56 @@ HEADROOM = 0.9
 MB = 10**6
 
 
+GAPS = 0.3
+"""Memory that an allocator of the CPU keeps in pieces too small to use, as a share of what comes and goes, where no run
+has shown it: runs of 9 and 135 million parameters had 0.3 to 0.8 (docs/budget.md)."""
+
+
 @dataclass
 class Memory:
     """Bytes of a process with micro-batches of `rows` rows, by part."""
 
     rows: int
     fixed: dict[str, float]
-    """What does not depend on the rows."""
-    activations: Line
-    logits_of_a_row: float = 0.0
+    """What does not depend on the rows, and stays."""
+    kept: Line
+    """Activations: what autograd keeps for the backward pass, by rows."""
+    passing: Line
+    """The most that comes and goes in forward and backward pass: activations, logits, gradients of activations."""
+    logits: tuple[int, int] = (0, 0)
+    """Tokens of a row, and entries of the vocabulary; zeros where no logits of a vocabulary are made."""
     accumulates: bool = False
     """Whether gradients stay while the next micro-batch goes forward."""
+    gaps: float = GAPS
     seen: float | None = None
     """The peak that a run with `rows` had; None where it was not run."""
 
     def parts(self, rows: int) -> dict[str, float]:
         """What can be counted, of micro-batches of `rows` rows."""
-        logits = logit_bytes(self.logits_of_a_row, rows) if self.logits_of_a_row else 0.0
-        return self.fixed | {"activations": self.activations(rows), "logits": logits}
+        tokens, vocab_size = self.logits
+        kept, most = self.kept(rows), self.passing(rows)
+        logits = max(0.0, min(logit_bytes(rows * tokens, vocab_size), most - kept)) if tokens else 0.0
+        rest = max(0.0, most - kept - logits)
+        named = {"activations": kept, "logits": logits, "what the backward pass takes besides": rest}
+        return self.fixed | {name: size for name, size in named.items() if size}
 
     def peak(self, rows: int, accumulates: bool) -> float:
         """The peak of micro-batches of `rows` rows: what was seen, and what is counted for more or fewer rows."""
         counted = sum(self.parts(rows).values())
         if self.seen is None:
-            return counted
+            return counted + self.gaps * self.passing(rows)
         rest = self.seen - sum(self.parts(self.rows).values())
-        if accumulates and not self.accumulates:  # below 0 where gradients came while activations went: no longer
-            rest = max(rest, 0.0)
-        return counted + rest
+        if rest > 0 and self.passing(self.rows):
+            return counted + rest * self.passing(rows) / self.passing(self.rows)
+        # Below 0 where gradients came while activations went; not so where they stay
+        return counted + (0.0 if accumulates and not self.accumulates else rest)
 
     def lines(self) -> list[str]:
         """A table, in MB, whose parts add up to the peak."""
         parts, peak = self.parts(self.rows), self.peak(self.rows, self.accumulates)
         rest = peak - sum(parts.values())
-        if self.seen is not None:
-            parts["buffers, loading, gaps" if rest >= 0 else "less, as not all is there at once"] = rest
+        if rest:
+            parts["gaps, libraries' buffers, loading" if rest > 0 else "less, as not all is there at once"] = rest
         how = "seen while the steps were taken" if self.seen is not None else "counted, not run"
         parts[f"peak, {how}"] = peak
         return [f"  {name:<46}{size / MB:>10,.0f}" for name, size in parts.items()]
@@ -108,7 +122,7 @@ class Machine:
 
 def of_trainer(stage: Stage, trainer: Trainer, head: bool = True) -> None:
     """Print what training with `trainer` takes. `head`: a position costs the product with the vocabulary."""
-    args, machine = trainer.args, Machine.of(stage, trainer.args.device)
+    args, machine, model = trainer.args, Machine.of(stage, trainer.args.device), cast(nn.Module, trainer.model)
     rows_of_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     if rows_of_step % machine.processes:
         raise UserError(
@@ -116,18 +130,18 @@ def of_trainer(stage: Stage, trainer: Trainer, head: bool = True) -> None:
             "number that divides them"
         )
     stage.say("dry run: nothing is kept and nothing is written")
-    memory = counted(trainer)
+    memory = counted(trainer, head)
     per_row, longest = row_lengths(trainer)
     timed = run_steps(trainer, memory, available(args.device))
     tokens = per_row * rows_of_step * args.max_steps
-    flops = tokens * training_flops(trainer.model, longest, head)
+    flops = tokens * training_flops(model, longest, head)
     said = [
-        f"{parameter_count(trainer.model):,} parameters, {trained_count(trainer.model):,} of them trained; "
+        f"{parameter_count(model):,} parameters, {trained_count(model):,} of them trained; "
         f"{args.max_steps:,} steps of {rows_of_step} rows, {tokens:,.0f} tokens, {flops:.2g} FLOPs",
         *timed.sentences(args.max_steps, evaluations_of(trainer), machine.processes),
     ]
     if machine.processes > 1:
-        memory.fixed["gradient buckets of DistributedDataParallel"] = gradient_bytes(trainer.model)
+        memory.fixed["gradient buckets of DistributedDataParallel"] = gradient_bytes(model)
         said.append(
             f"{machine.processes} processes: each step's rows and each evaluation are shared, so the time is divided "
             "by their number; that holds where each has cores or a GPU of its own, and leaves out what they exchange"
@@ -139,21 +153,39 @@ def of_trainer(stage: Stage, trainer: Trainer, head: bool = True) -> None:
     stage.say(proposal(memory, machine, rows_of_step))
 
 
-def counted(trainer: Any) -> Memory:
+def counted(trainer: Any, head: bool) -> Memory:
     """Memory by part, from the parameters and from passes over the longest row and the two longest."""
     model, args = trainer.model, trainer.args
-    weights, found = weight_bytes(model), resident()
-    optimizer = trainer.create_optimizer()
-    passes = {n: pass_over(trainer, longest_rows(trainer.train_dataset, n), SUMS) for n in (1, 2)}
-    fixed = {
-        "Python, libraries and data": 0.0 if args.device.type == "cuda" else max(0.0, float(found - weights)),
-        "weights": float(weights),
-        "gradients": float(gradient_bytes(model)),
-        "optimizer": float(moment_bytes(optimizer)),
-    }
-    line = Line.through(*((n, kept.activations) for n, kept in passes.items()))
-    accumulates = args.gradient_accumulation_steps > 1
-    return Memory(args.per_device_train_batch_size, fixed, line, passes[1].logits, accumulates)
+    optimizer, fixed = trainer.create_optimizer(), fixed_parts(model)
+    fixed |= {"gradients": float(gradient_bytes(model)), "optimizer": float(moment_bytes(optimizer))}
+    first, second = (passed(trainer, rows) for rows in (1, 2))
+    tokens, vocab_size = row_lengths(trainer)[1], without_wrapper(model).config.get_text_config().vocab_size
+    return Memory(
+        rows=args.per_device_train_batch_size,
+        fixed=fixed,
+        kept=Line.through((1, first.kept), (2, second.kept)),
+        passing=Line.through((1, first.peak), (2, second.peak)),
+        logits=(tokens, vocab_size) if head else (0, 0),
+        accumulates=args.gradient_accumulation_steps > 1,
+        gaps=0.0 if args.device.type == "cuda" else GAPS,
+    )
+
+
+def passed(trainer: Any, rows: int) -> Passed:
+    """What forward and backward pass of the longest rows take."""
+    through = lambda forward: measured(forward, trainer.model)  # noqa: E731
+    return pass_over(trainer, longest_rows(trainer.train_dataset, rows), SUMS, through)
+
+
+def fixed_parts(*models: nn.Module | None) -> dict[str, float]:
+    """Memory before anything is computed: of the process, and of the weights of models."""
+    weights = weight_bytes(*models)
+    if any(p.device.type == "cuda" for model in models if model is not None for p in model.parameters()):
+        return {"weights": float(weights)}
+    for model in models:  # weights in a file that is mapped are in memory once they have been read
+        for parameter in model.parameters() if model is not None else ():
+            parameter.detach().sum()
+    return {"Python, libraries and data": float(max(0, resident() - weights)), "weights": float(weights)}
 
 
 def row_lengths(trainer: Trainer) -> tuple[float, int]:
@@ -230,15 +262,18 @@ def run_steps(trainer: Any, memory: Memory, limit: float) -> Timed:
 
 def taken(trainer: Any, memory: Memory) -> Timed:
     """As a run begins: the longest rows, then steps, then a share of an evaluation."""
-    args, eval_steps = trainer.args, StepClock()
-    pass_over(trainer, longest_rows(trainer.train_dataset, memory.rows), SUMS)
+    args, steps = trainer.args, StepClock()
+    if memory.rows > 2:
+        longest = passed(trainer, memory.rows)
+        memory.kept = Line.through((1, memory.kept(1)), (memory.rows, longest.kept))
+        memory.passing = Line.through((1, memory.passing(1)), (memory.rows, longest.peak))
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(eval_steps)
+    trainer.add_callback(steps)
     kept = args.eval_on_start, args.eval_strategy
     args.eval_on_start, args.eval_strategy, args.save_strategy, args.logging_strategy = False, "no", "no", "no"
     trainer.train()
     args.eval_on_start, args.eval_strategy = kept
-    first, *steps = eval_steps.seconds
+    first, *others = steps.seconds
     held_out = trainer.eval_dataset
     share = min(len(held_out), 2 * args.per_device_eval_batch_size)
     trainer.eval_dataset = held_out.select(range(share))
@@ -247,7 +282,7 @@ def taken(trainer: Any, memory: Memory) -> Timed:
     evaluation = (time.perf_counter() - start) * len(held_out) / share
     trainer.eval_dataset = held_out
     memory.seen = float(peak_memory_mb() * 2**20)
-    return Timed(first, steps, evaluation=evaluation)
+    return Timed(first, others, evaluation=evaluation)
 
 
 class StepClock(TrainerCallback):

@@ -6,7 +6,7 @@ memory of the size that the optimizer will take. Nothing of it stays: no gradien
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,18 @@ import torch
 from transformers import Trainer
 
 from pipeline.errors import UserError
-from pipeline.model.lora import without_wrapper
-from pipeline.model.memory import Kept, counting, is_out_of_memory, stand_ins
+from pipeline.model.memory import is_out_of_memory, stand_ins
 from pipeline.runtime.arguments import TrainingFields
 from pipeline.runtime.console import processes
 from pipeline.runtime.record import Stage
+
+Through = Callable[[Callable[[], torch.Tensor]], Any]
+"""What makes a backward pass of a forward pass that gives a loss."""
+
+
+def backward(forward: Callable[[], torch.Tensor]) -> None:
+    """Forward and backward pass."""
+    forward().backward()
 
 
 def lengths_of(rows: Any) -> np.ndarray | None:
@@ -56,19 +63,20 @@ def rehearse(trainer: Trainer, sums: Sequence[str]) -> None:
     del reserved
 
 
-def pass_over(trainer: Any, rows: list[dict[str, Any]], sums: Sequence[str]) -> Kept:
-    """Forward and backward pass of a micro-batch, without a trace; what was kept between the two."""
+def pass_over(trainer: Any, rows: list[dict[str, Any]], sums: Sequence[str], through: Through = backward) -> Any:
+    """Forward and backward pass of a micro-batch, without a trace; returns what `through`, which makes them, does."""
     model, args = trainer.model, trainer.args
     if args.gradient_checkpointing:  # as the Trainer does, but later
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
     with _no_trace(trainer, sums):
         inputs = trainer._prepare_inputs(trainer.data_collator(rows))
         inputs.pop("row", None)  # the model knows no such argument
-        vocab_size = without_wrapper(model).config.get_text_config().vocab_size
-        with counting([model], vocab_size) as kept, trainer.accelerator.autocast():
-            loss = trainer.compute_loss(model, inputs)
-        loss.backward()
-        return kept
+
+        def forward() -> torch.Tensor:
+            with trainer.accelerator.autocast():
+                return trainer.compute_loss(model, dict(inputs))
+
+        return through(forward)
 
 
 @contextlib.contextmanager
@@ -106,15 +114,14 @@ def _sentence(stage: Stage, steps: int) -> str:
     args: Any = stage.args
     recompute = "" if args.gradient_checkpointing else "set gradient_checkpointing to True"
     if steps or stage.resume_from:  # then the batch of a step may not change any more
-        ways = recompute or "free memory of the machine"
         return (
-            f"{stage.name}: out of memory after step {steps}; {ways} and give the same command again: it goes on from "
+            f"{stage.name}: out of memory after step {steps}; {recompute or 'make room in memory'} and give the same command again: it goes on from "
             "its last checkpoint"
         )
-    ways = [smaller(args), f"lower {longest_setting(args)}", recompute, "`--dry_run` says what fits"]
+    found = [way for way in (smaller(args), f"lower {longest_setting(args)}", recompute) if way]
     return (
-        f"{stage.name}: out of memory on a micro-batch of the {args.per_device_train_batch_size} longest rows; "
-        f"{'; or '.join(way for way in ways[:3] if way)}. Nothing was trained or lost; {ways[3]}"
+        f"{stage.name}: out of memory before the first step, with micro-batches of {args.per_device_train_batch_size} "
+        f"rows: {', or '.join(found)}; nothing was trained or lost, and `--dry_run` says what fits"
     )
 
 
