@@ -7,6 +7,7 @@ comes from these steps, and the peak is the one that was seen.
 
 import datetime
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -28,6 +29,7 @@ from pipeline.model.memory import (
     logit_bytes,
     measured,
     moment_bytes,
+    peak_of,
     resident,
     trained_count,
     weight_bytes,
@@ -39,6 +41,8 @@ from pipeline.runtime.record import Stage
 
 STEPS = 3
 """Optimizer steps that are measured, after one that is not: it makes the moments, and compiles."""
+SEEN_TOKENS = 16
+"""Tokens of an answer that sampling is watched for; the cache of the others is counted."""
 HEADROOM = 0.9
 """Share of the memory that a proposal may fill: an estimate may be a little low, and a machine has other work."""
 MB = 10**6
@@ -65,6 +69,8 @@ class Memory:
     accumulates: bool = False
     """Whether gradients stay while the next micro-batch goes forward."""
     gaps: float = GAPS
+    sampling: float = 0.0
+    """What sampling answers takes beyond the gradients, which do not exist meanwhile."""
     seen: float | None = None
     """The peak that a run with `rows` had; None where it was not run."""
 
@@ -75,6 +81,7 @@ class Memory:
         logits = max(0.0, min(logit_bytes(rows * tokens, vocab_size), most - kept)) if tokens else 0.0
         rest = max(0.0, most - kept - logits)
         named = {"activations": kept, "logits": logits, "what the backward pass takes besides": rest}
+        named["cache of sampling, and what it takes besides"] = max(0.0, self.sampling - most)
         return self.fixed | {name: size for name, size in named.items() if size}
 
     def peak(self, rows: int, accumulates: bool) -> float:
@@ -142,10 +149,7 @@ def of_trainer(stage: Stage, trainer: Trainer, head: bool = True) -> None:
     ]
     if machine.processes > 1:
         memory.fixed["gradient buckets of DistributedDataParallel"] = gradient_bytes(model)
-        said.append(
-            f"{machine.processes} processes: each step's rows and each evaluation are shared, so the time is divided "
-            "by their number; that holds where each has cores or a GPU of its own, and leaves out what they exchange"
-        )
+        said.append(shared(machine.processes))
     for sentence in said:
         stage.say(sentence)
     rows = memory.rows
@@ -159,7 +163,7 @@ def counted(trainer: Any, head: bool) -> Memory:
     optimizer, fixed = trainer.create_optimizer(), fixed_parts(model)
     fixed |= {"gradients": float(gradient_bytes(model)), "optimizer": float(moment_bytes(optimizer))}
     first, second = (passed(trainer, rows) for rows in (1, 2))
-    tokens, vocab_size = row_lengths(trainer)[1], without_wrapper(model).config.get_text_config().vocab_size
+    tokens, vocab_size = row_lengths(trainer)[1], config_of(model).vocab_size
     return Memory(
         rows=args.per_device_train_batch_size,
         fixed=fixed,
@@ -204,7 +208,7 @@ def training_flops(model: Any, tokens_in_row: int, head: bool) -> float:
 
     Of 6, 2 are the forward pass, 2 the gradient of the inputs, and 2 that of the weights, of those that are trained.
     """
-    config = without_wrapper(model).config.get_text_config()
+    config = config_of(model)
     try:
         flops = float(flops_per_token(config, tokens_in_row))
         flops -= 0 if head else 6 * config.vocab_size * config.hidden_size
@@ -304,6 +308,14 @@ class StepClock(TrainerCallback):
 # ---- what is said ---------------------------------------------------------------------------------------------------
 
 
+def shared(processes: int) -> str:
+    """What a time for several processes assumes."""
+    return (
+        f"{processes} processes share the rows of each step and each evaluation, so the time is divided by their "
+        "number; that holds where each has cores or a GPU of its own, and leaves out what they send each other"
+    )
+
+
 def print_memory(memory: Memory, of: str) -> None:
     """The table."""
     console.print(f"memory of a process in MB, {of}", markup=False, style="bold", soft_wrap=True)
@@ -318,21 +330,61 @@ def fitting(memory: Memory, limit: float, rows_of_step: int) -> int | None:
     return max(fit, default=None)
 
 
-def proposal(memory: Memory, machine: Machine, rows_of_step: int) -> str:
-    """A sentence: whether the present micro-batch fits, and the largest that does, with the same steps."""
+def proposal(memory: Memory, machine: Machine, rows_of_step: int, what: str = "rows", accumulation: bool = True) -> str:
+    """A sentence: whether the present micro-batch fits, and the largest that does, with the same steps.
+
+    `accumulation`: a step's rows are set by gradient_accumulation_steps.
+    """
     share = rows_of_step // machine.processes
     rows = min(memory.rows, share)
     peak = memory.peak(rows, rows < share)
     fits = "fits" if peak <= HEADROOM * machine.limit else "fits barely" if peak <= machine.limit else "does not fit"
-    at_present = f"{rows} rows take {peak / MB:,.0f} MB, which {fits} in {machine.told}"
+    at_present = f"{rows} {what} take {peak / MB:,.0f} MB, which {fits} in {machine.told}"
     best = fitting(memory, machine.limit, share)
     if best is None:
         return (
             f"{at_present}. Not even one row leaves a tenth of it free: set gradient_checkpointing, shorten the rows, "
             "or take a smaller model"
         )
+    times = f" with gradient_accumulation_steps {share // best}" if accumulation else ""
     return (
-        f"{at_present}. The largest that leaves a tenth free: per_device_train_batch_size {best} with "
-        f"gradient_accumulation_steps {share // best} ({memory.peak(best, best < share) / MB:,.0f} MB); a step has the "
-        f"same {rows_of_step} rows"
+        f"{at_present}. The largest that leaves a tenth free: per_device_train_batch_size {best}{times} "
+        f"({memory.peak(best, best < share) / MB:,.0f} MB); a step has the same {rows_of_step} {what}"
     )
+
+
+# ---- sampling -------------------------------------------------------------------------------------------------------
+
+
+def config_of(model: Any) -> Any:
+    """The configuration of the language model in a model."""
+    return without_wrapper(model).config.get_text_config()
+
+
+def cache_bytes(model: Any, slots: int) -> float:
+    """Keys and values of `slots` tokens in fp32 (model/decoder.py keeps them so on a CPU); 0 where a configuration
+    names no shape."""
+    config = config_of(model)
+    try:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 8.0 * config.num_hidden_layers * heads * size * slots
+    except AttributeError:
+        return 0.0
+
+
+def sampling_bytes(
+    model: Any, prompts: list[list[int]], rows: int, max_new_tokens: int, generate: Callable[..., Any]
+) -> float:
+    """What `generate` takes for `rows` answers at a time beside the weights: seen with one and two of the first
+    prompts and a few tokens, and the cache of all tokens counted."""
+    few = min(max_new_tokens, SEEN_TOKENS)
+    options: dict[str, Any] = {"max_new_tokens": few, "temperature": 1.0, "eos_token_id": [-1], "pad_token_id": 0}
+
+    def taken_by(count: int) -> int:
+        chosen = [prompts[i % len(prompts)] for i in range(count)]
+        generator = torch.Generator().manual_seed(0)
+        return peak_of(lambda: generate(chosen, generator=generator, **options), model.device)
+
+    line = Line.through((1, taken_by(1)), (2, taken_by(2)))
+    return line(rows) + rows * cache_bytes(model, max_new_tokens - few)

@@ -115,8 +115,8 @@ def _sentence(stage: Stage, steps: int) -> str:
     recompute = "" if args.gradient_checkpointing else "set gradient_checkpointing to True"
     if steps or stage.resume_from:  # then the batch of a step may not change any more
         return (
-            f"{stage.name}: out of memory after step {steps}; {recompute or 'make room in memory'} and give the same command again: it goes on from "
-            "its last checkpoint"
+            f"{stage.name}: out of memory after step {steps}; {recompute or 'make room in memory'} and give the same "
+            "command again: it goes on from its last checkpoint"
         )
     found = [way for way in (smaller(args), f"lower {longest_setting(args)}", recompute) if way]
     return (
