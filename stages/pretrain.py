@@ -18,10 +18,11 @@ from pipeline.model.bigram import BigramLanguageModel, bits_per_byte
 from pipeline.model.flops import flops_per_token, matmul_peak
 from pipeline.model.gpt import GPTForCausalLM
 from pipeline.model.load import fit_embeddings, load_policy, parameter_count
-from pipeline.runtime import budget, hf_trainer, preview
+from pipeline.runtime import hf_trainer, preview
 from pipeline.runtime.arguments import GPTShape, PretrainArguments
 from pipeline.runtime.console import run
 from pipeline.runtime.record import Stage
+from pipeline.runtime.trainer_budget import of_trainer
 from pipeline.text import data
 from pipeline.text.lengths import Fit, check_positions
 from pipeline.text.packing import Packed, StreamedRows, collate, document_end, pack
@@ -53,7 +54,7 @@ def main(args: PretrainArguments) -> None:
         optimizer_cls_and_kwargs=hf_trainer.optimizer_kwargs(args),
     )
     if args.dry_run:
-        return budget.of_trainer(stage, trainer)
+        return of_trainer(stage, trainer)
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * trainer.args.world_size
     tokens_per_step = rows_per_step * (args.block_size - 1)
     tokens = tokens_per_step * args.max_steps

@@ -17,11 +17,12 @@ from pipeline.checkpoint import write_json
 from pipeline.judging import wilson_interval
 from pipeline.model.load import fit_embeddings, load_critic
 from pipeline.rewards import RewardModel
-from pipeline.runtime import budget, hf_trainer, preview
+from pipeline.runtime import hf_trainer, preview
 from pipeline.runtime.arguments import RewardArguments
 from pipeline.runtime.console import run
 from pipeline.runtime.record import Stage
 from pipeline.runtime.sums import shares, total
+from pipeline.runtime.trainer_budget import of_trainer
 from pipeline.text import data
 from pipeline.text.data import Loaded
 from pipeline.text.lengths import check_positions, fit_rows
@@ -51,7 +52,7 @@ def main(args: RewardArguments) -> None:
 
     trainer = build_trainer(args, stage, model, tokenizer, training.tokens, held_out.tokens)
     if args.dry_run:
-        return budget.of_trainer(stage, trainer, head=False)
+        return of_trainer(stage, trainer, head=False)
     hf_trainer.train(trainer, hf_trainer.StageCallback(stage))
     hf_trainer.save_model(trainer, stage)
     if not stage.is_main:

@@ -11,11 +11,12 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.model.load import fit_embeddings, load_policy
-from pipeline.runtime import budget, hf_trainer, preview
+from pipeline.runtime import hf_trainer, preview
 from pipeline.runtime.arguments import SFTArguments
 from pipeline.runtime.console import run
 from pipeline.runtime.record import Stage
 from pipeline.runtime.sums import shares, total
+from pipeline.runtime.trainer_budget import of_trainer
 from pipeline.text import data
 from pipeline.text.data import Loaded
 from pipeline.text.lengths import check_positions, fit_rows
@@ -52,7 +53,7 @@ def main(args: SFTArguments) -> None:
 
     trainer = build_trainer(args, stage, model, tokenizer, training.rows, held_out.rows)
     if args.dry_run:
-        return budget.of_trainer(stage, trainer)
+        return of_trainer(stage, trainer)
     hf_trainer.train(trainer, hf_trainer.StageCallback(stage))
     eval_loss = trainer.evaluate()["eval_loss"]
     model.generation_config.eos_token_id = ends

@@ -29,6 +29,7 @@ from pipeline.runtime import budget
 from pipeline.runtime.budget import STEPS, Machine, Memory, clock
 from pipeline.runtime.hf_trainer import peak_memory_mb
 from pipeline.runtime.record import Stage
+from pipeline.runtime.sampling_budget import sampling_lines
 
 
 def of_ppo(stage: Stage, trainer: PPOTrainer, rewards: Sequence[nn.Module]) -> None:
@@ -41,8 +42,9 @@ def of_ppo(stage: Stage, trainer: PPOTrainer, rewards: Sequence[nn.Module]) -> N
     for sentence in run_share(trainer, args, memory, machine):
         stage.say(sentence)
     longest = max(map(len, trainer.prompts.ids)) + args.response_length
-    budget.print_memory(memory, f"micro-batches of {memory.rows} answers of up to {longest:,} tokens, prompts included")
     rows = args.batch_size // args.num_mini_batches
+    of = f"answers of up to {longest:,} tokens, prompts included,"
+    budget.print_memory(memory, rows // machine.processes, of)
     stage.say(budget.proposal(memory, machine, rows, "answers", accumulation=False))
 
 
@@ -53,12 +55,11 @@ def work(trainer: PPOTrainer, args: PPOConfig, rewards: Sequence[nn.Module]) -> 
     episodes = args.total_updates * args.batch_size
     row = round(prompt) + args.response_length
     tokens, passes_over = episodes * row, args.num_ppo_epochs
-    # A backward pass takes twice the forward pass, which is a third of what training_flops counts
-    both = budget.training_flops(policy, row, head=True) / 3
-    flops = tokens * both * (3 + 3 * passes_over)  # sampling, its log-probabilities, the reference's, the steps
+    # Sampling, the log-probabilities of policy and reference, and the steps
+    flops = 3 * budget.forward_flops(policy, row, True) + passes_over * budget.training_flops(policy, row, True)
     if trainer.models.critic_forward is not None:
-        flops += tokens * budget.training_flops(critic, row, head=False) / 3 * (1 + 3 * passes_over)
-    flops += sum(tokens * budget.training_flops(model, row, head=False) / 3 for model in rewards)
+        flops += budget.forward_flops(critic, row, False) + passes_over * budget.training_flops(critic, row, False)
+    flops = tokens * (flops + sum(budget.forward_flops(model, row, False) for model in rewards))
     networks = {"policy": policy, "critic": critic}
     told = [
         f"{name} {parameter_count(model):,} parameters, {trained_count(model):,} of them trained"
@@ -89,8 +90,6 @@ def counted(trainer: PPOTrainer, rewards: Sequence[nn.Module], processes: int) -
     gradients = max(gradient_bytes(network) for network in networks)  # the critic's are gone when the policy's come
     fixed["gradients"] = float(gradients)
     fixed["optimizers"] = float(sum(moment_bytes(optimizer) for optimizer in learner.optimizers.values()))
-    if processes > 1:
-        fixed["gradient buckets of DistributedDataParallel"] = float(sum(gradient_bytes(n) for n in networks))
     rows = min(args.per_device_train_batch_size, args.batch_size // args.num_mini_batches // processes)
     kept, passing = lines(trainer, rows)
     longest = max(map(len, trainer.prompts.ids)) + args.response_length
@@ -106,6 +105,7 @@ def counted(trainer: PPOTrainer, rewards: Sequence[nn.Module], processes: int) -
         accumulates=accumulates,
         gaps=0.0 if cuda else budget.GAPS,
         sampling=max(0.0, sampling - gradients),
+        buckets=float(sum(gradient_bytes(network) for network in networks)) if processes > 1 else 0.0,
     )
 
 
@@ -132,7 +132,8 @@ def sampling_bytes(trainer: PPOTrainer, rows: int) -> float:
     answerer, args = trainer.answerer, trainer.args
     answerer.sync(trainer.models.policy)
     with trainer.accelerator.autocast():
-        return budget.sampling_bytes(trainer.models.policy, ids, rows, args.response_length, answerer.sampler.generate)
+        _, taken = sampling_lines(trainer.models.policy, ids, args.response_length, answerer.sampler.generate)
+    return taken(rows)
 
 
 # ---- time -----------------------------------------------------------------------------------------------------------
@@ -166,7 +167,8 @@ def run_share(trainer: PPOTrainer, args: PPOConfig, memory: Memory, machine: Mac
         if not is_out_of_memory(error):
             raise
         return ["a mini-batch does not fit this machine, so no time can be told"]
-    if share * machine.processes >= args.batch_size:  # else more answers are sampled at a time than were here
+    # More answers are sampled at a time than were here: seen was what an update takes, if that is more
+    if memory.sampling <= memory.passing(memory.rows) or share * machine.processes >= args.batch_size:
         memory.seen = float(peak_memory_mb() * 2**20)
     times = sampled - start, estimated - sampled, step
     length = rollout.response_lengths.float().mean().item()
