@@ -1,18 +1,25 @@
 """`--dry_run`: what a stage will take, said before it is spent; and the longest rows first."""
 
+import json
+import os
+import random
 import re
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import test_preview
 import torch
+from conftest import ROOT, make
 from ppo_tools import end_alike
 from ppo_tools import trainer as ppo_trainer
-from tiny_models import tiny_policy
+from tiny_models import tiny_config, tiny_policy, tiny_tokenizer
 from torch import nn
 
 from pipeline.errors import UserError
+from pipeline.model.gpt import GPTForSequenceClassification
 from pipeline.model.lora import add_lora
 from pipeline.model.memory import (
     Line,
@@ -343,3 +350,173 @@ def test_full_memory_becomes_a_sentence_of_what_to_lower(ready, tmp_path, monkey
     ):
         ppo_trainer(tmp_path / "ppo").train()
     assert is_out_of_memory(MemoryError()) and not is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
+
+
+# ---- beside real runs -----------------------------------------------------------------------------------------------
+
+SHAPES = {
+    "tiny": {},
+    "ten": {
+        "vocab_size": 4096,
+        "hidden_size": 320,
+        "intermediate_size": 864,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 5,
+    },
+    "smollm2": {  # SmolLM2-135M's
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of each shape, instructions, most of them short, and prompts."""
+    folder, rng = tmp_path_factory.mktemp("shapes"), random.Random(0)
+    for name, shape in SHAPES.items():
+        large = {} if name == "tiny" else {"head_dim": 64, "initializer_range": 0.02}
+        tiny_policy(0, **shape | large).save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+    texts = [" ".join(rng.choices(test_preview.WORDS, k=60 if i % 10 == 9 else 6)) for i in range(120)]
+    rows = {"answers": [{"prompt": f"Say {i}:", "completion": f" {text}"} for i, text in enumerate(texts)]}
+    rows["prompts"] = [{"prompt": f"Say {i}:"} for i in range(120)]
+    for name, content in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    return folder
+
+
+SCRIPT = """
+{before}
+import atexit, runpy, sys
+atexit.register(lambda: print("HIGHEST", open("/proc/self/status").read().split("VmHWM:")[1].split()[0], flush=True))
+sys.argv[0] = "-m"
+runpy.run_module("stages.{stage}", run_name="__main__")
+"""
+
+
+def stage_process(stage: str, *words: object, before: str = "") -> tuple[str, int, float]:
+    """What a stage prints in a process of its own, its exit code, and its peak memory in MB."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT.format(stage=stage, before=before), *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    out = done.stdout + done.stderr
+    return out, done.returncode, int(re.search(r"^HIGHEST (\d+)", out, re.M)[1]) * 1024 / MB
+
+
+def foretold(out: str) -> float:
+    return float(re.search(r"^  peak, .*? ([\d,]+)$", out, re.M)[1].replace(",", ""))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "rows"), [("tiny", 16), ("ten", 16), ("smollm2", 4)])
+def test_sft_takes_what_the_dry_run_said(shapes: Path, shape: str, rows: int, tmp_path: Path) -> None:
+    """Within 20 % of the peak of a run in a fresh process; so does twice the micro-batch, which was not run."""
+    data = (
+        "--model_name_or_path",
+        shapes / shape,
+        "--dataset",
+        shapes / "answers.jsonl",
+        "--output_dir",
+        tmp_path / "x",
+    )
+    words = (*data, "--max_length", 100, "--max_steps", 6, "--gradient_accumulation_steps", 1)
+    out, code, _ = stage_process("sft", *words, "--per_device_train_batch_size", rows, "--dry_run")
+    assert code == 0, out[-2000:]
+    assert not (tmp_path / "x").exists()
+    said, code, real = stage_process("sft", *words, "--per_device_train_batch_size", rows)
+    assert code == 0, said[-2000:]
+    assert foretold(out) == pytest.approx(real, rel=0.2)
+    print(f"{shape}, {rows} rows: {foretold(out):,.0f} MB foretold, {real:,.0f} MB real")
+
+
+@pytest.mark.slow
+def test_ppo_takes_what_the_dry_run_said(shapes: Path, tmp_path: Path) -> None:
+    shape = "ten"
+    torch.manual_seed(0)
+    GPTForSequenceClassification(tiny_config(**SHAPES[shape], head_dim=64, initializer_range=0.02)).save_pretrained(
+        tmp_path / "rm"
+    )
+    tiny_tokenizer().save_pretrained(tmp_path / "rm")
+    models = (
+        "--model_name_or_path",
+        shapes / shape,
+        "--reward",
+        tmp_path / "rm",
+        "--critic_name_or_path",
+        tmp_path / "rm",
+    )
+    words = (*models, "--dataset", shapes / "prompts.jsonl", "--output_dir", tmp_path / "x", "--response_length", 24)
+    words += ("--batch_size", 8, "--num_mini_batches", 2, "--per_device_train_batch_size", 4, "--total_episodes", 16)
+    words += ("--num_ppo_epochs", 1, "--save_steps", 0)
+    out, code, _ = stage_process("ppo", *words, "--dry_run")
+    assert code == 0, out[-2000:]
+    said, code, real = stage_process("ppo", *words)
+    assert code == 0, said[-2000:]
+    assert foretold(out) == pytest.approx(real, rel=0.2)
+    print(f"{shape}: {foretold(out):,.0f} MB foretold, {real:,.0f} MB real")
+
+
+@pytest.mark.slow
+def test_another_micro_batch_is_foretold_from_what_was_seen(shapes: Path, tmp_path: Path) -> None:
+    """Four times the rows that the dry run had, as its proposal has them for enough memory."""
+    data = (
+        "--model_name_or_path",
+        shapes / "ten",
+        "--dataset",
+        shapes / "answers.jsonl",
+        "--output_dir",
+        tmp_path / "x",
+    )
+    words = (*data, "--max_length", 100, "--max_steps", 6)
+    few = ("--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 4)
+    out, code, _ = stage_process("sft", *words, *few, "--dry_run", "--memory_gb", 100)
+    found = re.search(r"per_device_train_batch_size 32 with gradient_accumulation_steps 1 \(([\d,]+) MB\)", out)
+    assert code == 0 and found, out[-2000:]
+    said, code, real = stage_process("sft", *words, "--per_device_train_batch_size", 32)
+    assert code == 0, said[-2000:]
+    assert float(found[1].replace(",", "")) == pytest.approx(real, rel=0.2)
+
+
+LIMITED = """
+import resource, psutil
+{place}
+rehearse = place.rehearse
+def limited(*args):
+    has = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (has + 300 * 2**20, resource.RLIM_INFINITY))
+    return rehearse(*args)
+place.rehearse = limited
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_a_machine_without_enough_memory_is_told_in_the_first_minute(shapes: Path, stage: str, tmp_path: Path) -> None:
+    """The system gives the process 300 MB more than it has when the longest rows come, and no more."""
+    words = ["--model_name_or_path", shapes / "smollm2", "--output_dir", tmp_path / "x"]
+    if stage == "sft":
+        place = "import pipeline.runtime.longest as place"
+        words += ["--dataset", shapes / "answers.jsonl", "--max_length", 100, "--per_device_train_batch_size", 8]
+        said = "sft: out of memory before the first step, with micro-batches of 8 rows: lower per_device_train_batch"
+    else:
+        place = "import pipeline.ppo.trainer as place"
+        words += ["--dataset", shapes / "prompts.jsonl", "--reward", "reward_data.reviews:gold", "--share_trunk", True]
+        said = "ppo: out of memory in update 1: lower per_device_train_batch_size from 16 to 8"
+    out, code, _ = stage_process(stage, *words, before=LIMITED.format(place=place))
+    assert code == 2 and said in out and "Traceback" not in out, out[-2000:]
+    assert not list((tmp_path / "x").glob("*.json*"))
+
+
+@pytest.mark.slow
+def test_make_dry_names_its_stage() -> None:
+    done = make("-n", "dry", "STAGE=sft", "PRESET=smoke", "RUN=runs/x", "SEED=2")
+    command = "-m stages.sft --config configs/smoke/sft.yaml --run_dir runs/x --seed 2"
+    assert command in done.stdout.replace("'", "") and "--dry_run" in done.stdout
+    done = make("dry", "PRESET=smoke")
+    assert done.returncode == 2 and "STAGE" in done.stderr and "report" in done.stderr

@@ -5,6 +5,7 @@ rows (model/memory.py). Then the stage does what it would do, three steps long, 
 comes from these steps, and the peak is the one that was seen.
 """
 
+import contextlib
 import datetime
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +157,17 @@ def fixed_parts(*models: nn.Module | None) -> dict[str, float]:
 # ---- what is said ---------------------------------------------------------------------------------------------------
 
 
+def peak_so_far() -> float:
+    """The most bytes that this process has had: of the GPU's memory what tensors took.
+
+    Linux hands the highest figure of getrusage down from the process that started this one; its VmHWM is our own.
+    """
+    if not torch.cuda.is_available():
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            return 1024.0 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    return peak_memory_mb() * 2.0**20
+
+
 def shared(processes: int) -> str:
     """What a time for several processes assumes."""
     return (
@@ -214,4 +226,6 @@ def of_reading(stage: Stage, said: str) -> None:
     places = [Path(read["path"]).expanduser() for read in stage.inputs.values()]
     files = [file for place in places for file in ([place] if place.is_file() else content_of(place))]
     size = sum(file.stat().st_size for file in files if file.exists())
-    stage.say(f"{len(files):,} files are read, {size / MB:,.1f} MB; {said}; {peak_memory_mb():,} MB of memory so far")
+    stage.say(
+        f"{len(files):,} files are read, {size / MB:,.1f} MB; {said}; {peak_so_far() / MB:,.0f} MB of memory so far"
+    )

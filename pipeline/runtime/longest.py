@@ -48,13 +48,19 @@ def longest_rows(rows: Any, count: int) -> list[dict[str, Any]]:
 
 
 def rehearse(trainer: Trainer, sums: Sequence[str]) -> None:
-    """One micro-batch of the longest training rows, forward and backward, where rows differ in length.
+    """One micro-batch of the longest training rows, forward and backward, unless most rows are as long: then the first
+    step is no smaller.
 
     `sums` are attributes in which the trainer adds figures up. Not under FSDP or DeepSpeed, whose models are sharded
     only when training begins.
     """
     lengths = lengths_of(trainer.train_dataset)
-    if lengths is None or lengths.min() == lengths.max() or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    if (
+        lengths is None
+        or np.median(lengths) == lengths.max()
+        or trainer.is_fsdp_enabled
+        or trainer.is_deepspeed_enabled
+    ):
         return
     optimizer = trainer.create_optimizer()
     # DistributedDataParallel sums gradients in buckets, which are another copy of them

@@ -26,8 +26,7 @@ from pipeline.ppo.config import check_config
 from pipeline.ppo.learner import Network
 from pipeline.ppo.longest import longest_rollout, passes
 from pipeline.runtime import budget
-from pipeline.runtime.budget import STEPS, Machine, Memory, clock
-from pipeline.runtime.hf_trainer import peak_memory_mb
+from pipeline.runtime.budget import STEPS, Machine, Memory, clock, peak_so_far
 from pipeline.runtime.record import Stage
 from pipeline.runtime.sampling_budget import sampling_lines
 
@@ -169,7 +168,7 @@ def run_share(trainer: PPOTrainer, args: PPOConfig, memory: Memory, machine: Mac
         return ["a mini-batch does not fit this machine, so no time can be told"]
     # More answers are sampled at a time than were here: seen was what an update takes, if that is more
     if memory.sampling <= memory.passing(memory.rows) or share * machine.processes >= args.batch_size:
-        memory.seen = float(peak_memory_mb() * 2**20)
+        memory.seen = peak_so_far()
     times = sampled - start, estimated - sampled, step
     length = rollout.response_lengths.float().mean().item()
     return told(trainer, args, share, times, length, machine.processes)

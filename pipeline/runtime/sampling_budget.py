@@ -23,9 +23,9 @@ from pipeline.runtime.budget import (
     fits_in,
     fixed_parts,
     forward_flops,
+    peak_so_far,
     print_memory,
 )
-from pipeline.runtime.hf_trainer import peak_memory_mb
 from pipeline.runtime.record import Stage
 
 SEEN_TOKENS = 16
@@ -92,7 +92,7 @@ def of_sampling(
     )
     seconds, tokens, asked = asked_for_a_minute(ask, memory, available(stage.device))
     if asked == memory.rows:
-        memory.seen = float(peak_memory_mb() * 2**20)
+        memory.seen = peak_so_far()
     row = float(np.mean([len(each) for each in ids])) + tokens
     flops = answers * row * forward_flops(models[0], round(row), head=True)
     stage.say(

@@ -29,12 +29,13 @@ from pipeline.runtime.budget import (
     clock,
     config_of,
     fixed_parts,
+    peak_so_far,
     print_memory,
     proposal,
     shared,
     training_flops,
 )
-from pipeline.runtime.hf_trainer import SUMS, peak_memory_mb
+from pipeline.runtime.hf_trainer import SUMS
 from pipeline.runtime.longest import lengths_of, longest_rows, pass_over
 from pipeline.runtime.record import Stage
 
@@ -166,7 +167,7 @@ def taken(trainer: Any, memory: Memory) -> Timed:
     trainer.evaluate()
     evaluation = (time.perf_counter() - start) * len(held_out) / share
     trainer.eval_dataset = held_out
-    memory.seen = float(peak_memory_mb() * 2**20)
+    memory.seen = peak_so_far()
     return Timed(first, others, evaluation=evaluation)
 
 
