@@ -63,7 +63,7 @@ endif
 
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
-.PHONY: all $(CHAIN) chat export show setup smoke test test-fast coverage golden mutants lint bench bench-train bench-sample bench-ppo bench-shakespeare course ablation-ppo figures check torture clean help
+.PHONY: all $(CHAIN) chat export show dry setup smoke test test-fast coverage golden mutants lint bench bench-train bench-sample bench-ppo bench-shakespeare course ablation-ppo figures check torture clean help
 
 all: $(lastword $(STAGES)) ## the whole chain, then a table, samples and the report (default)
 	@$(if $(filter report,$(STAGES)),,echo "PRESET=$(PRESET) ends here: it is pretraining only. \`make chat PRESET=$(PRESET)\` writes on from your words")
@@ -126,6 +126,10 @@ export: | $(READY) ## take the last policy (or MODEL=folder) out: a stock folder
 show: | $(READY) ## rows as a stage's model will see them, and what is dropped or cut (STAGE=sft; ROWS=3)
 	@$(if $(filter $(STAGE),$(filter-out report,$(STAGES))),,echo 'error: STAGE=$(STAGE) is none of: $(filter-out report,$(STAGES))' >&2; exit 2;) \
 	$(LAUNCH) stages.$(STAGE) --config configs/$(PRESET)/$(STAGE).yaml --run_dir $(RUN) --seed $(SEED) $(if $(TEXT),$(if $(filter tokenizer pretrain,$(STAGE)),--dataset $(call quoted,$(TEXT)))) --show $(ROWS) $(ARGS)
+
+dry: | $(READY) ## what a stage will take: memory by part, tokens, FLOPs, time; nothing is written (STAGE=sft)
+	@$(if $(filter $(STAGE),$(STAGES)),,echo 'error: STAGE=$(STAGE) is none of: $(STAGES)' >&2; exit 2;) \
+	python -m stages.$(STAGE) --config configs/$(PRESET)/$(STAGE).yaml --run_dir $(RUN) --seed $(SEED) $(if $(TEXT),$(if $(filter tokenizer pretrain,$(STAGE)),--dataset $(call quoted,$(TEXT)))) --dry_run $(ARGS)
 
 smoke: ## the whole chain in under two minutes, to see that everything works
 	@$(MAKE) --no-print-directory all PRESET=smoke SEED=$(SEED)

@@ -6,6 +6,7 @@ from typing import Any
 # The names of things, what is shown, what is kept, and memory for time: the model is the same to the bit.
 FREE = {"output_dir", "run_dir", "preset", "logging_steps", "save_steps", "gradient_checkpointing", "fresh", "show"}
 FREE |= {"report_to", "project", "run_name"}
+FREE |= {"dry_run", "processes", "memory_gb"}  # of a run that does nothing
 # The same but for rounding. In a Trainer stage the batch of a step is made of this field, and sums over parts of a
 # batch differ: there it may not change.
 FREE_IN = {"ppo": {"per_device_train_batch_size"}, "evaluate": {"eval_batch_size"}}

@@ -328,17 +328,22 @@ def name_of(function: RewardFunction) -> str:
     return getattr(function, "path", getattr(function, "__name__", type(function).__name__))
 
 
-def readers_of(*rewards: Any) -> list[Reader]:
-    """The reward models among rewards, and within sums and ensembles of them, as readers of prompts."""
-    readers: list[Reader] = []
+def models_of(*rewards: Any) -> list[RewardModel]:
+    """The reward models among rewards, and within sums and ensembles of them."""
+    models: list[RewardModel] = []
     for reward in rewards:
         if isinstance(reward, RewardModel):
-            readers.append(reward.reader)
+            models.append(reward)
         elif isinstance(reward, Ensemble):
-            readers += readers_of(*reward.members)
+            models += models_of(*reward.members)
         elif isinstance(reward, WeightedRewards):
-            readers += readers_of(*(function for _, function, _ in reward.sources))
-    return readers
+            models += models_of(*(function for _, function, _ in reward.sources))
+    return models
+
+
+def readers_of(*rewards: Any) -> list[Reader]:
+    """The reward models among rewards as readers of prompts."""
+    return [model.reader for model in models_of(*rewards)]
 
 
 # --- by name ----------------------------------------------------------------------------------------------------------

@@ -16,3 +16,4 @@ if sys.argv[:1] == [
 ]:  # run by `python -m`: the libraries take seconds to load, pipeline.runtime.signals takes over
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler, which counts memory, prints lines of its own

@@ -17,6 +17,7 @@ from pipeline.runtime.arguments import EvaluateArguments
 from pipeline.runtime.console import run
 from pipeline.runtime.parts import Parts
 from pipeline.runtime.record import Stage
+from pipeline.runtime.sampling_budget import of_sampling
 from pipeline.text import data
 from pipeline.text.data import Loaded
 from pipeline.text.tokenizer import load_tokenizer
@@ -45,6 +46,8 @@ def main(args: EvaluateArguments) -> None:
     gold = partial(_judged, load_function(args.gold), f"gold {args.gold}", columns) if args.gold else None
     proxy = partial(_judged, reward, f"proxy {args.reward_model}", columns)
 
+    if args.dry_run:
+        return say_budget(args, stage, policies, prompts, reward)
     with stage.progress((3 + args.best_of) * len(prompts), "evaluate") as advance:
         verdicts = judge_policies(args, stage, policies, prompts, proxy=proxy, gold=gold, advance=advance)
     scores: dict[str, Any] = {"policies": {name: verdict.figures for name, verdict in verdicts.items()}, "win_rate": {}}
@@ -72,6 +75,46 @@ def fitting_columns(
     sft, room = policies["sft"], ("max_new_tokens", args.max_new_tokens)
     readers += readers_of(*judges)
     return preview.open_prompts(stage, loaded, readers, sft.tokenizer, sft.stops, room, args.overlong)["test"].to_dict()
+
+
+def say_budget(
+    args: EvaluateArguments, stage: Stage, policies: dict[str, judging.Policy], prompts: list[Any], reward: RewardModel
+) -> None:
+    """Print what sampling the answers and scoring them by the reward model take, timed with SFT's."""
+    sft = policies["sft"]
+
+    def asked(count: int) -> int:
+        chosen = [prompts[number % len(prompts)] for number in range(count)]
+        answers = sampled(args, stage, sft, chosen, count)
+        reward(answers.prompts, answers.texts)
+        return sum(map(len, answers.response_ids))
+
+    others = [policy.model for name, policy in policies.items() if name != "sft"]
+    count = (len(policies) + args.best_of) * len(prompts)
+    of_sampling(stage, [sft.model, *others, reward.model], sft.encode(prompts), count, asked)
+
+
+def sampled(
+    args: EvaluateArguments,
+    stage: Stage,
+    policy: judging.Policy,
+    prompts: list[Any],
+    batch_size: int,
+    number: int = 0,
+    advance: Callable[[int], None] = lambda n: None,
+) -> judging.Answers:
+    """One answer of `policy` to each prompt, drawn with the random numbers of `number`."""
+    with stage.dtype_autocast():
+        return judging.answer(
+            policy,
+            prompts,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            batch_size=batch_size,
+            # A generator of its own: the answers of one policy do not depend on what the others said
+            generator=torch.Generator(stage.device).manual_seed(1000 * args.seed + number),
+            advance=advance,
+        )
 
 
 def load_policies(names: dict[str, str], stage: Stage) -> dict[str, judging.Policy]:
@@ -104,17 +147,7 @@ def judge_policies(
 
     def judge(number: int, name: str, asked: list[Any]) -> dict[str, Any]:
         policy = policies.get(name, sft)
-        with stage.dtype_autocast():
-            answers = judging.answer(
-                policy,
-                asked,
-                max_new_tokens=args.max_new_tokens,
-                temperature=args.temperature,
-                batch_size=args.batch_size,
-                # A generator of its own: the answers of one policy do not depend on what the others said
-                generator=torch.Generator(stage.device).manual_seed(1000 * args.seed + number),
-                advance=advance,
-            )
+        answers = sampled(args, stage, policy, asked, args.batch_size, number, advance)
         scores = proxy(answers.prompts, answers.texts)
         if name in policies:
             kl = 0.0 if policy is sft else judging.sequence_kl(policy, sft, answers, args.temperature)

@@ -15,11 +15,12 @@ from pipeline.model.shared import critic_on
 from pipeline.ppo import PPOTrainer
 from pipeline.ppo.advantages import ESTIMATORS, check_estimator
 from pipeline.ppo.config import check_config
-from pipeline.rewards import RewardFunction, load_function, load_rewards, readers_of, reward_names
+from pipeline.rewards import RewardFunction, load_function, load_rewards, models_of, readers_of, reward_names
 from pipeline.runtime import preview, signals
 from pipeline.runtime.arguments import check_lora
 from pipeline.runtime.console import run
 from pipeline.runtime.ppo_arguments import PPOArguments
+from pipeline.runtime.ppo_budget import of_ppo
 from pipeline.runtime.record import Stage
 from pipeline.text import data
 from pipeline.text.lengths import Reader, positions_of
@@ -76,6 +77,8 @@ def main(args: PPOArguments) -> None:
         ptx_dataset=pretraining_text(args),
         recorder=stage,
     )
+    if args.dry_run:
+        return of_ppo(stage, trainer, [reward.model for reward in models_of(rewards)])
     with signals.deferred():  # the trainer looks at them between updates
         metrics = trainer.train()
     trainer.save_model(Path(args.output_dir))

@@ -12,15 +12,16 @@ from datasets import Dataset
 
 from pipeline.checkpoint import write_jsonl
 from pipeline.errors import UserError
-from pipeline.judging import Policy, answer
+from pipeline.judging import Answers, Policy, answer
 from pipeline.model.load import fit_embeddings, load_policy
 from pipeline.ppo.rollout import seeded
 from pipeline.rewards import RewardFunction, checked, load_function, readers_of
-from pipeline.runtime import preview
+from pipeline.runtime import budget, preview
 from pipeline.runtime.arguments import PreferencesArguments
 from pipeline.runtime.console import run
 from pipeline.runtime.parts import Parts
 from pipeline.runtime.record import Stage
+from pipeline.runtime.sampling_budget import of_sampling
 from pipeline.text import data
 from pipeline.text.tokenizer import load_tokenizer
 from reward_data.formats import answer_to, text_of
@@ -37,7 +38,7 @@ def main(args: PreferencesArguments) -> None:
     if not stage.is_main:  # one process does it all: the pairs then do not depend on the number of processes
         return
     splits = labelled_by_people(args, stage) if human else sample_and_label(args, stage)
-    if args.show:
+    if args.show or args.dry_run:
         return
     for split, rows in splits.items():
         if not rows:
@@ -60,6 +61,8 @@ def labelled_by_people(args: PreferencesArguments, stage: Stage) -> dict[str, li
         "test": data.load_preferences(args.dataset, split="test", seed=args.seed, size=args.test_size),
     }
     preview.of_texts(stage, splits, "pairs")
+    if args.dry_run:
+        budget.of_reading(stage, "the pairs are copied, no answer is sampled")
     return {name: loaded.rows.to_list() for name, loaded in splits.items()}
 
 
@@ -89,6 +92,9 @@ def sample_and_label(args: PreferencesArguments, stage: Stage) -> dict[str, list
     prompts = preview.open_prompts(stage, loaded, readers, policy.tokenizer, policy.stops, room, args.overlong)
     if args.show:
         return {}
+    if args.dry_run:
+        say_budget(args, stage, policy, label, prompts)
+        return {}
     parts = Parts(stage)
     with stage.progress(sum(map(len, prompts.values())), "preferences") as advance:
         for number, (name, rows) in enumerate(prompts.items()):
@@ -99,6 +105,20 @@ def sample_and_label(args: PreferencesArguments, stage: Stage) -> dict[str, list
                     splits[name] += pair_up(prompt, scored, args.label_beta, args.min_score_gap, coin)
                 advance(len(some))
     return splits
+
+
+def say_budget(
+    args: PreferencesArguments, stage: Stage, policy: Policy, label: RewardFunction, prompts: dict[str, Dataset]
+) -> None:
+    """Print what sampling and labelling take."""
+    rows = prompts["train"]
+
+    def asked(count: int) -> int:
+        chosen = [number % len(rows) for number in range(count)]
+        return sum(map(len, ask_for(args, stage, policy, label, rows, chosen, seeded(args.seed))[0].response_ids))
+
+    ids = [row for part in prompts.values() for row in policy.encode(part["prompt"][:])]
+    of_sampling(stage, [policy.model], ids, args.num_generations * len(ids), asked)
 
 
 def ask(
@@ -112,20 +132,33 @@ def ask(
 ) -> list[tuple[Any, list[tuple[Any, float]]]]:
     """Each prompt of the rows `some` with its answers, each with the labeller's score."""
     n = args.num_generations
-    columns = rows.select([i for i in some for _ in range(n)]).to_dict()
+    answers, scored = ask_for(args, stage, policy, label, rows, [i for i in some for _ in range(n)], generator)
+    return [(answers.prompts[i], scored[i : i + n]) for i in range(0, len(scored), n)]
+
+
+def ask_for(
+    args: PreferencesArguments,
+    stage: Stage,
+    policy: Policy,
+    label: RewardFunction,
+    rows: Dataset,
+    numbers: list[int],
+    generator: torch.Generator,
+) -> tuple[Answers, list[tuple[Any, float]]]:
+    """An answer to the prompt of each row in `numbers`; and each answer in the prompt's own form, with its score."""
+    columns = rows.select(numbers).to_dict()
     with stage.dtype_autocast():
         answers = answer(
             policy,
             columns.pop("prompt"),
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
-            batch_size=n * len(some),
+            batch_size=len(numbers),
             generator=generator,
         )
     completions = [answer_to(*pair) for pair in zip(answers.prompts, answers.texts, strict=True)]
     scores = checked(f"labeller {args.labeller}", label, answers.prompts, completions, columns)
-    scored = list(zip(completions, scores, strict=True))
-    return [(answers.prompts[i], scored[i : i + n]) for i in range(0, len(scored), n)]
+    return answers, list(zip(completions, scores, strict=True))
 
 
 def pair_up(

@@ -22,6 +22,7 @@ from pipeline.runtime import hf_trainer, preview
 from pipeline.runtime.arguments import GPTShape, PretrainArguments
 from pipeline.runtime.console import run
 from pipeline.runtime.record import Stage
+from pipeline.runtime.trainer_budget import of_trainer
 from pipeline.text import data
 from pipeline.text.lengths import Fit, check_positions
 from pipeline.text.packing import Packed, StreamedRows, collate, document_end, pack
@@ -52,6 +53,8 @@ def main(args: PretrainArguments) -> None:
         processing_class=tokenizer,
         optimizer_cls_and_kwargs=hf_trainer.optimizer_kwargs(args),
     )
+    if args.dry_run:
+        return of_trainer(stage, trainer)
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * trainer.args.world_size
     tokens_per_step = rows_per_step * (args.block_size - 1)
     tokens = tokens_per_step * args.max_steps

@@ -10,6 +10,7 @@ from pipeline.errors import NothingToDo
 from pipeline.report import gather as report
 from pipeline.report.page import markdown, page
 from pipeline.report.plots import draw_plots
+from pipeline.runtime import budget
 from pipeline.runtime.arguments import ReportArguments
 from pipeline.runtime.console import console, run
 from pipeline.runtime.record import Stage
@@ -26,6 +27,8 @@ def main(args: ReportArguments) -> None:
         raise
     if not stage.is_main:
         return
+    if args.dry_run:
+        return budget.of_reading(stage, f"of the stages {', '.join(run.stages)}; drawing takes seconds")
     plots = draw_plots(run)
     stage.begin()
     folder = stage.output_dir

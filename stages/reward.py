@@ -23,6 +23,7 @@ from pipeline.runtime.arguments import RewardArguments, check_lora
 from pipeline.runtime.console import run
 from pipeline.runtime.record import Stage
 from pipeline.runtime.sums import shares, total
+from pipeline.runtime.trainer_budget import of_trainer
 from pipeline.text import data
 from pipeline.text.data import Loaded
 from pipeline.text.lengths import check_positions, fit_rows
@@ -53,6 +54,8 @@ def main(args: RewardArguments) -> None:
     preview.say(stage, views, told)
 
     trainer = build_trainer(args, stage, trained, tokenizer, training.tokens, held_out.tokens)
+    if args.dry_run:
+        return of_trainer(stage, trainer, head=False)
     hf_trainer.train(trainer, hf_trainer.StageCallback(stage))
     hf_trainer.save_model(trainer, stage)
     if not stage.is_main:

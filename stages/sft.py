@@ -17,6 +17,7 @@ from pipeline.runtime.arguments import SFTArguments, check_lora
 from pipeline.runtime.console import run
 from pipeline.runtime.record import Stage
 from pipeline.runtime.sums import shares, total
+from pipeline.runtime.trainer_budget import of_trainer
 from pipeline.text import data
 from pipeline.text.data import Loaded
 from pipeline.text.lengths import check_positions, fit_rows
@@ -54,6 +55,8 @@ def main(args: SFTArguments) -> None:
     preview.say(stage, views, told)
 
     trainer = build_trainer(args, stage, trained, tokenizer, training.rows, held_out.rows)
+    if args.dry_run:
+        return of_trainer(stage, trainer)
     hf_trainer.train(trainer, hf_trainer.StageCallback(stage))
     eval_loss = trainer.evaluate()["eval_loss"]
     model.generation_config.eos_token_id = ends

@@ -1,6 +1,8 @@
 """Train the tokenizer: `python -m stages.tokenizer --config configs/stories/tokenizer.yaml`."""
 
-from pipeline.runtime import preview
+import time
+
+from pipeline.runtime import budget, preview
 from pipeline.runtime.arguments import TokenizerArguments
 from pipeline.runtime.console import console, run
 from pipeline.runtime.record import Stage
@@ -28,6 +30,8 @@ def main(args: TokenizerArguments) -> None:
         return
     for line in summary:
         stage.say(line)
+    if args.dry_run:
+        return say_budget(args, stage, texts)
     if args.algorithm == "char":
         # A letter that only the held-out text has needs an entry too, or its loss could not be taken.
         held_out = data.load_texts(args.dataset, split="validation", **where)
@@ -40,6 +44,15 @@ def main(args: TokenizerArguments) -> None:
     tokens = sum(len(ids) for ids in encode(tokenizer, sample, split_special_tokens=True))
     text_bytes = sum(len(text.encode()) for text in sample)
     stage.finish({"vocab_size": len(tokenizer), "bytes_per_token": round(text_bytes / tokens, 3)})
+
+
+def say_budget(args: TokenizerArguments, stage: Stage, texts: list[str]) -> None:
+    """Print how long learning takes, by a tenth of the documents; a model's memory is not needed."""
+    some, start = texts[: max(1, len(texts) // 10)], time.perf_counter()
+    _ = character_tokenizer(some) if args.algorithm == "char" else train_tokenizer(some, args.vocab_size)
+    seconds = (time.perf_counter() - start) * len(texts) / len(some)
+    told = f"about {budget.clock(seconds)} to learn, by {len(some):,} of {len(texts):,} documents"
+    budget.of_reading(stage, told)
 
 
 if __name__ == "__main__":

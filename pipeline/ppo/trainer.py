@@ -31,6 +31,7 @@ from pipeline.ppo.config import PPOConfig, check_config
 from pipeline.ppo.evaluation import Evaluator
 from pipeline.ppo.inputs import as_list, as_numbers, check_kinds
 from pipeline.ppo.learner import Learner
+from pipeline.ppo.longest import memory_told, rehearse
 from pipeline.ppo.metrics import zero_std_share
 from pipeline.ppo.models import build_models, check_models, embedding_count, end_tokens_of, follow_models
 from pipeline.ppo.recorder import Prints, Recorder
@@ -129,6 +130,12 @@ class PPOTrainer:
         """Run the updates that are left, from the newest checkpoint if there is one; returns the final metrics."""
         self._check_rewards()
         self.resume()
+        with memory_told(self.args, lambda: self.state.updates_done):
+            if self.state.updates_done == 0:
+                rehearse(self.learner, self.prompts)
+            return self._train()
+
+    def _train(self) -> dict[str, float]:
         self._begin()
         with self.recorder.progress(self.args.total_updates, "ppo", done=self.state.updates_done) as advance:
             while self.state.updates_done < self.args.total_updates:

@@ -36,6 +36,8 @@ class StageArguments(RunArguments, TrackingFields):
     """Folder that this stage writes: the model (or data), metrics.jsonl, stage.json, checkpoints/."""
     fresh: bool = False
     """Begin anew, whatever an earlier run left in output_dir; that is moved to `<output_dir>.old-1`, `.old-2`, …"""
+    dry_run: bool = False
+    """Say what the stage will take (memory by part, tokens, FLOPs, time), and stop; nothing is written."""
 
 
 @dataclass
@@ -47,7 +49,17 @@ class DataFields(StageArguments):
 
 
 @dataclass
-class SamplingFields(DataFields):
+class MachineFields(DataFields):
+    """What `--dry_run` speaks of, for the stages with models."""
+
+    processes: Count | None = None
+    """Processes to share the work of a step; none: one. Only with dry_run."""
+    memory_gb: Positive | None = None
+    """Memory of each of them in GB (10⁹ bytes); none: what this machine has left. Only with dry_run."""
+
+
+@dataclass
+class SamplingFields(MachineFields):
     """Fields of the stages that sample answers (preferences, evaluate)."""
 
     overlong: Literal["drop", "refuse"] = "drop"
@@ -64,7 +76,7 @@ class SamplingFields(DataFields):
 
 
 @dataclass
-class TrainingFields(DataFields):
+class TrainingFields(MachineFields):
     """Fields of the stages that train with transformers' Trainer (pretrain, sft, reward), under its names."""
 
     max_steps: Steps = 1000

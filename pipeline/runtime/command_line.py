@@ -29,6 +29,7 @@ WORDS = {
     **dict.fromkeys(("none", "null", "~", ""), None),
 }
 NO_PATHS = {"preset", "text_column"}  # text fields in which a ~ is a ~
+ALONE = {"dry_run"}  # something to do, and no setting: `--dry_run` without a value means True
 
 
 class Setting(NamedTuple):
@@ -59,7 +60,9 @@ def parse(kind: type[ArgumentsT], argv: list[str] | None = None) -> ArgumentsT:
         tyro.cli(kind, args=["--help"], description=kind.__doc__, config=one_word, use_underscores=True)
     options = _options(argv)
     settings = [setting for name, words in options if name == "config" for setting in _read_yaml(words)]
-    settings += [Setting("the command line", name, words) for name, words in options if name != "config"]
+    for name, words in options:
+        if name != "config":
+            settings.append(Setting("the command line", name, words or ["True"] * (name in ALONE)))
     return resolve(kind(**{setting.name: _value(kind, setting) for setting in settings}))
 
 

@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.model.hardware import use_bf16
 from pipeline.model.lora import add_lora, is_lora, lora_told, save_whole
 from pipeline.model.optim import MuonFactory
-from pipeline.runtime import signals
+from pipeline.runtime import longest, signals
 from pipeline.runtime.arguments import TrainedLoraFields, TrainingFields
 from pipeline.runtime.console import processes
 from pipeline.runtime.nan_guard import NanGuard
@@ -260,11 +260,19 @@ def peak_memory_mb() -> int:
 
 
 def train(trainer: Trainer, callback: StageCallback) -> None:
-    """Train to the end, from the stage's checkpoint where there is one.
+    """Train to the end, from the stage's checkpoint where there is one; else the longest rows are tried first.
 
-    Raises UserError at the first NaN, and after a signal Stopped, when the last step is saved.
+    Raises UserError at the first NaN and where memory is full, and after a signal Stopped, when the last step is saved.
     """
     stage, callback.trainer = callback.stage, trainer
+    with longest.memory_told(stage, trainer):
+        if stage.resume_from is None:
+            longest.rehearse(trainer, SUMS)  # before anything is written, so that other settings can follow
+        _train(trainer, callback)
+
+
+def _train(trainer: Trainer, callback: StageCallback) -> None:
+    stage = callback.stage
     trainer.remove_callback(PrinterCallback)  # ours shows what it would print
     trainer.add_callback(callback)
     trainer.add_callback(NanGuard(trainer, stage))

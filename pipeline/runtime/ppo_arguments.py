@@ -5,11 +5,11 @@ from typing import Literal
 
 from pipeline.bounds import Count, NotNegative
 from pipeline.ppo.config import PPOConfig
-from pipeline.runtime.arguments import DataFields, LoraFields
+from pipeline.runtime.arguments import LoraFields, MachineFields
 
 
 @dataclass
-class PPOArguments(DataFields, LoraFields, PPOConfig):
+class PPOArguments(MachineFields, LoraFields, PPOConfig):
     """Optimise the policy against the reward model with PPO, under a KL penalty to the SFT model."""
 
     output_dir: str = "{run_dir}/ppo"

@@ -53,6 +53,8 @@ class Stage:
     shown        names of the metrics to print, None for all; metrics.jsonl has all of them
     progress     `console.progress_bar`, on the main process
     show         how many rows are to be shown and nothing else done; 0: none. Nothing is written then
+    dry_run      whether the stage is to say what it will take, and nothing else done; output_dir is then a folder that
+                 is gone with the process, for libraries that make it
 
     Raises UserError, before any work, if an input is missing or not as it was left, if the output folder cannot be
     written, is an input, somebody else's or in use, or holds a run that cannot go on; NothingToDo if it holds this very
@@ -68,7 +70,8 @@ class Stage:
         self.started, self.clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
         self.shown: tuple[str, ...] | None = None
         self.progress = partial(progress_bar, shown=self.is_main)
-        self.show = getattr(args, "show", 0)
+        self.show, self.dry_run = getattr(args, "show", 0), args.dry_run
+        _check_dry_run(args)
         self.inputs: dict[str, dict[str, str]] = {}
         self._resume: Resume | None = None
         self.trackers = Trackers(args, self.output_dir, f"{Path(args.run_dir).name}/{name}", self.say)
@@ -81,7 +84,8 @@ class Stage:
 
     def _look(self, read: dict[str, str]) -> Path | None:
         """The checkpoint to go on from, after all that can be checked has been; on the main process."""
-        if not self.show:
+        looks = self.show or self.dry_run  # nothing is written then, not even the folder
+        if not looks:
             check_place(self.name, self.output_dir, read)
             check_installed(self.args.report_to)
         keys: dict[str, str] = {}  # by path, as a folder that is read for two things is hashed once
@@ -89,7 +93,9 @@ class Stage:
             keys.setdefault(path, key)
         known = {path: fingerprint(self.name, key, path, self.args.run_dir) for path, key in keys.items()}
         self.inputs = {key: known[path] for key, path in read.items()}
-        if self.show:  # looks at the rows alone: nothing is written, not even the folder
+        if looks:
+            if self.dry_run:
+                self._point_elsewhere()
             return None
         _check_writable(self.output_dir)
         hold(self.output_dir)
@@ -104,6 +110,11 @@ class Stage:
         if self._resume.checkpoint:
             self.say(f"going on from {self._resume.checkpoint}")
         return self._resume.checkpoint
+
+    def _point_elsewhere(self) -> None:
+        self._elsewhere = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        self.output_dir = Path(self._elsewhere.name)
+        self.checkpoints = self.output_dir / "checkpoints"
 
     def begin(self) -> None:
         """Make the folder ready: what an earlier run left goes aside now, not before all checks have passed.
@@ -203,6 +214,19 @@ class Stage:
         write_json(self.output_dir / RECORD, record)
         release(self.output_dir)
         self.say(f"done in {self.seconds:.0f} s  {line_of(metrics)}  → {self.output_dir}")
+
+
+def _check_dry_run(args: Any) -> None:
+    """Raise UserError for settings that do nothing, or more than one thing."""
+    if not args.dry_run:
+        for name in ("processes", "memory_gb"):
+            if getattr(args, name, None) is not None:
+                raise UserError(f"{name}: it says what a dry run speaks of; give --dry_run with it, or leave it out")
+        return
+    if getattr(args, "show", 0):
+        raise UserError("dry_run and show each end the stage; give one of them")
+    if processes() > 1:
+        raise UserError("dry_run: start it without a launcher, as one process; --processes says how many it speaks of")
 
 
 def _decide(is_main: bool, look: Callable[[], Path | None]) -> Path | None:
