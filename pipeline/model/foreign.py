@@ -96,7 +96,7 @@ def check_gguf(source: Source) -> None:
         if stream.read(len(MAGIC)) != MAGIC:
             raise UserError(f"{file} is no GGUF file (it does not begin with GGUF); give one, or a model's folder")
     if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"{file} cannot be read without the package gguf; run `pip install 'gguf>=0.17'`")
+        raise UserError(f"{file} cannot be read without the package gguf; run `pip install gguf`")
     from gguf import GGUFReader
 
     try:
