@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def smollm_tokenizer() -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=SIZE, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
-    bpe.train_from_iterator([*TEXTS, "a  b   c"], trainer)
+    bpe.train_from_iterator([*TEXTS, *["x  1"] * 90], trainer)  # two blanks are one token before a digit
     return bpe
 
 
@@ -187,6 +188,15 @@ def test_the_record_says_what_was_converted(made: tuple[Path, dict]) -> None:
     }
     with pytest.raises(NothingToDo, match="convert is finished already"):
         go(folder / "tiny.gguf", folder)
+
+
+@needs_gguf
+def test_killed_before_its_record_it_is_made_again(made: tuple[Path, dict], tmp_path: Path) -> None:
+    shutil.copytree(made[0] / "convert", tmp_path / "convert")
+    (tmp_path / "convert" / "stage.json").unlink()
+    (tmp_path / "convert" / "model.safetensors").write_bytes(b"half")
+    assert go(made[0] / "tiny.gguf", tmp_path) == made[1]
+    assert sha256_of(tmp_path / "convert/model.safetensors") == sha256_of(made[0] / "convert/model.safetensors")
 
 
 @needs_gguf
