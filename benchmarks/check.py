@@ -1,10 +1,11 @@
 """Compare finished runs with what their preset expects: `python -m benchmarks.check --runs runs/stories …`.
 
 The thresholds stand in configs/<preset>/expected.yaml: a figure by its place in summary.json, or one of a stage's
-metrics.jsonl at a step (`ppo.eval/gold@110`), and under it any of
-`at_least`, `at_most`, `within: [share, other figure]` and `above: [policies]` (by more than two standard errors of the
-mean difference in gold, paired over the held-out prompts). The exit code is 1 if a threshold does not hold,
-2 if there is nothing to compare.
+metrics.jsonl at a step (`ppo.eval/gold@110`), and under it any of `at_least` and `at_most` (a number), `at_least_plus:
+[number, other figure]` (their sum), `at_least_times` and `at_most_times: [factor, other figure]` (their product),
+`within: [share, other figure]` and, for a policy's gold or judge, `above: [policies]` (by more than two standard errors
+of the mean difference, paired over the held-out prompts). The exit code is 1 if a threshold does not hold, 2 if there
+is nothing to compare.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from pipeline.errors import UserError
 from pipeline.report.gather import Run, number, policy_title, read_run, summary
 
 STANDARD_ERRORS = 2
+KINDS = ("at_least", "at_most", "at_least_plus", "at_least_times", "at_most_times", "within", "above")
 
 
 @dataclass(frozen=True)
@@ -35,16 +37,17 @@ class Finding:
     holds: bool
 
 
-def paired_difference(run: Run, ours: str, theirs: str) -> tuple[float, float]:
-    """Mean and standard error of the difference in gold between two policies' answers to the same prompts.
+def paired_difference(run: Run, ours: str, theirs: str, judge: str = "gold") -> tuple[float, float]:
+    """Mean and standard error of the difference in gold, or in another judge's score (`judge_<name>`), between two
+    policies' answers to the same prompts.
 
-    Raises UserError if a policy has no answers with gold scores, or not as many as the other.
+    Raises UserError if a policy has no answers with such scores, or not as many as the other.
     """
     gold = {
-        name: {row["index"]: row["gold"] for row in run.samples if row["policy"] == name} for name in (ours, theirs)
+        name: {row["index"]: row.get(judge) for row in run.samples if row["policy"] == name} for name in (ours, theirs)
     }
     if len(gold[ours]) < 2 or gold[ours].keys() != gold[theirs].keys() or None in gold[ours].values():
-        raise UserError(f"{run.folder}/evaluate/samples.jsonl: {ours} and {theirs} have no gold scores to be paired")
+        raise UserError(f"{run.folder}/evaluate/samples.jsonl: {ours} and {theirs} have no {judge} scores to be paired")
     differences = [gold[ours][index] - gold[theirs][index] for index in gold[ours]]
     return mean(differences), stdev(differences) / sqrt(len(differences))
 
@@ -59,19 +62,21 @@ def check(run: Run, expected: dict[str, dict[str, Any]]) -> list[Finding]:
     for name, thresholds in expected.items():
         value = _logged(run, name) if "@" in name else _figure(figures, name)
         for kind, bound in thresholds.items():
+            if kind not in KINDS:
+                raise UserError(f"{name}: no threshold is called {kind}; there are {', '.join(KINDS)}")
             if kind == "above":
-                findings += [_above(run, name.split(".")[1], other) for other in bound]
+                _, ours, judge = name.split(".")
+                findings += [_above(run, ours, other, judge) for other in bound]
             elif value is None:
                 add(f"{name} {kind} {bound}", "not recorded", False)
-            elif kind == "at_least":
-                add(f"{name} at least {bound}", number(value, ".3f"), value >= bound)
-            elif kind == "at_most":
-                add(f"{name} at most {bound}", number(value, ".3f"), value <= bound)
             elif kind == "within":
                 ratio = value / (_figure(figures, bound[1]) or float("nan"))
                 add(f"{name} within {bound[0]:.0%} of {bound[1]}", f"{ratio - 1:+.1%}", abs(ratio - 1) <= bound[0])
             else:
-                raise UserError(f"{name}: no threshold is called {kind}; there are at_least, at_most, within, above")
+                least = kind.startswith("at_least")
+                limit, words = _limit(figures, kind, bound)
+                holds = value >= limit if least else value <= limit
+                add(f"{name} at {'least' if least else 'most'} {words}", number(value, ".3f"), holds)
     return findings
 
 
@@ -89,9 +94,23 @@ def _logged(run: Run, name: str) -> float | None:
     return next((row[figure] for row in reversed(list(rows)) if row.get(figure) is not None), None)
 
 
-def _above(run: Run, ours: str, theirs: str) -> Finding:
-    difference, error = paired_difference(run, ours, theirs)
-    words = f"{policy_title(ours)}'s gold above {policy_title(theirs)}'s by more than {STANDARD_ERRORS} standard errors"
+def _limit(figures: Any, kind: str, bound: Any) -> tuple[float, str]:
+    """The number that a threshold comes to, NaN where the figure that it is made of was not recorded, and its words."""
+    if kind in ("at_least", "at_most"):
+        return bound, str(bound)
+    amount, name = bound
+    other = _figure(figures, name)
+    other = float("nan") if other is None else other
+    plus = kind.endswith("plus")
+    limit = other + amount if plus else other * amount
+    return limit, f"{name} {'+' if plus else '×'} {amount} = {number(limit, '.3f')}"
+
+
+def _above(run: Run, ours: str, theirs: str, judge: str) -> Finding:
+    difference, error = paired_difference(run, ours, theirs, judge)
+    words = (
+        f"{policy_title(ours)}'s {judge} above {policy_title(theirs)}'s by more than {STANDARD_ERRORS} standard errors"
+    )
     return Finding(run.folder.name, words, f"{difference:+.3f} ± {error:.3f}", difference > STANDARD_ERRORS * error)
 
 

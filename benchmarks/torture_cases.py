@@ -10,7 +10,7 @@ from reward_data.formats import text_of
 
 LAUNCHER = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu-2.yaml"]
 LAUNCHER += ["--main_process_port", "0"]  # any that is free
-NEEDS = {stage.name: stage.needs for stage in CHAIN}
+NEEDS = {stage.name: stage.needs for stage in CHAIN if not stage.stands_for}  # convert is one step, made anew
 ALL = tuple(NEEDS)
 TRAINER = ("pretrain", "sft", "reward")  # the stages on transformers' Trainer
 

@@ -22,6 +22,8 @@ class Stage:
     leaves: str
     figures: tuple[tuple[str, str], ...] = ()
     """What a reader looks at first: (metric, format of its value in words)."""
+    stands_for: tuple[str, ...] = ()
+    """Stages that a preset with this one does not have: what needs the last of them needs this one then."""
     fixed: dict[str, str] = field(default_factory=dict)
     """Names that summary.json has for every run, in this order → metric; null where a run did not record it."""
 
@@ -40,6 +42,13 @@ def _same(*names: str) -> dict[str, str]:
 
 
 CHAIN = (
+    Stage(
+        name="convert",
+        needs=(),
+        leaves="model from elsewhere as a stock folder",
+        figures=(("parameters", "{:,} parameters"),),
+        stands_for=("tokenizer", "pretrain"),
+    ),
     Stage(
         name="tokenizer",
         needs=(),

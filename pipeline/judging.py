@@ -6,8 +6,9 @@ for), the KL divergence to SFT (the price, Gao et al. 2210.10760), length, and w
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -242,16 +243,26 @@ def win_rate(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> d
     return {"mean": float(wins.mean()), "ci95": list(bootstrap_interval(wins.tolist(), seed=seed)), "n": len(wins)}
 
 
+def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
+    """Mean of ours − theirs over the same prompts, and its standard error: the sample standard deviation of the N
+    differences over √N, None for a single one."""
+    differences = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
+    n = len(differences)
+    error = float(differences.std(ddof=1) / math.sqrt(n)) if n > 1 else None
+    return {"mean": float(differences.mean()), "standard_error": error, "n": n}
+
+
 # ---- the verdict ----------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Verdict:
-    """A policy's answers with gold and proxy of each, and the figures over all of them."""
+    """A policy's answers with gold, proxy and the other judges' scores of each, and the figures over all of them."""
 
     answers: Answers
     gold: list[float] | None
     proxy: list[float]
+    judges: dict[str, list[float]]
     figures: dict[str, Any]
 
 
@@ -262,10 +273,13 @@ def verdict_of(
     gold: Judge | None,
     kl: float,
     fluency: Callable[[list[str]], float | None],
+    judges: Mapping[str, Judge] = MappingProxyType({}),
     seed: int = 0,
 ) -> Verdict:
-    """Put a policy's answers to the gold judge and count the rest. `fluency` gives the bits per byte of texts."""
+    """Put a policy's answers to the gold judge and the others, and count the rest. `fluency` gives the bits per byte of
+    texts. A judge's mean is the figure `judge_<name>`."""
     golds = gold(answers.prompts, answers.texts) if gold else None
+    scores = {name: judge(answers.prompts, answers.texts) for name, judge in judges.items()}
     figures = {
         "gold": float(np.mean(golds)) if golds else None,
         "proxy": float(np.mean(proxy)),
@@ -276,7 +290,10 @@ def verdict_of(
         "bpb_under_pretrained": fluency(answers.texts),
         "without_eos": 1 - sum(answers.ended) / len(answers.ended),
     }
-    return Verdict(answers, golds, proxy, figures)
+    for name, values in scores.items():
+        figures[f"judge_{name}"] = float(np.mean(values))
+        figures[f"judge_{name}_ci95"] = list(bootstrap_interval(values, seed=seed))
+    return Verdict(answers, golds, proxy, scores, figures)
 
 
 def samples_of(verdicts: dict[str, Verdict]) -> list[dict[str, Any]]:
@@ -291,6 +308,7 @@ def samples_of(verdicts: dict[str, Verdict]) -> list[dict[str, Any]]:
             "gold": verdict.gold[i] if verdict.gold else None,
             "proxy": verdict.proxy[i],
             "ended": verdict.answers.ended[i],
+            **{f"judge_{judge}": scores[i] for judge, scores in verdict.judges.items()},
         }
         for i in range(count)
         for name, verdict in verdicts.items()

@@ -24,10 +24,10 @@ import urllib.parse
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from reward_data import wheels
 from reward_data.formats import Message, Row, assistant, text_of, user
 
 WHEELS = {
@@ -75,18 +75,8 @@ class Snippet(NamedTuple):
 
 
 def wheel_files(package: str, pattern: str) -> list[Path]:
-    """Files of an installed distribution whose path matches the regular expression, in order. Raises ValueError."""
-    try:
-        distribution = metadata.distribution(package)
-    except metadata.PackageNotFoundError:
-        raise ValueError(f"{package}=={WHEELS[package]} is not installed; run `make setup PRESET=reviews`") from None
-    if distribution.version != WHEELS[package]:
-        needed = f"{WHEELS[package]} is needed; run `make setup PRESET=reviews`"
-        raise ValueError(f"{package} {distribution.version} is installed, but {needed}")
-    found = sorted(Path(file.locate()) for file in distribution.files or [] if re.search(pattern, str(file)))
-    if not found or not all(file.is_file() for file in found):
-        raise ValueError(f"{package}=={WHEELS[package]} lacks its data files; run `make setup PRESET=reviews` again")
-    return found
+    """Files of one of WHEELS whose path matches the regular expression, in order. Raises ValueError."""
+    return wheels.wheel_files(package, WHEELS[package], pattern, "make setup PRESET=reviews")
 
 
 @lru_cache(maxsize=1)

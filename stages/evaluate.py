@@ -1,6 +1,6 @@
 """Judge the policies on held-out prompts: `python -m stages.evaluate --config configs/stories/evaluate.yaml`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -27,33 +27,39 @@ from reward_data.formats import answer_to
 def main(args: EvaluateArguments) -> None:
     """Write scores.json (figures by policy, win rate) and samples.jsonl (every answer with its scores)."""
     names = {"pretrain": args.pretrain_model, "sft": args.sft_model, "ppo": args.ppo_model}
+    judges = load_judges(args.judges)
     written = is_function_name(args.reward_model)  # a rule, in place of a reward model
-    inputs = {**names, "reward": None if written else args.reward_model, "dataset": args.dataset}
-    stage = Stage(args, "evaluate", inputs)
+    others = {"fluency": args.fluency_model, "reward": None if written else args.reward_model, "dataset": args.dataset}
+    stage = Stage(args, "evaluate", {**names, **others})
     if not stage.is_main:  # a minute's work: one process does it
         return
-    policies = load_policies(names, stage)
+    policies = load_policies(names, stage.device, args.pretrain_chat)
     asked: dict[str, Any] = {"seed": args.seed, "size": args.num_prompts, "suffix": args.prompt_suffix}
     loaded = {"test": data.load_prompts(args.dataset, split="test", **asked)}
     if written:
         reward: Any = load_function(args.reward_model)
     else:
         reward = RewardModel(args.reward_model, stage.device, args.mixed_precision, args.eval_batch_size)
-    columns = fitting_columns(args, stage, policies, loaded, [reward, args.gold and load_function(args.gold)])
+    columns = fitting_columns(
+        args, stage, policies, loaded, [reward, *judges.values(), args.gold and load_function(args.gold)]
+    )
     if args.show:
         return
     prompts = columns.pop("prompt")
     gold = partial(_judged, load_function(args.gold), f"gold {args.gold}", columns) if args.gold else None
     proxy = partial(_judged, reward, f"proxy {args.reward_model}", columns)
+    more = {name: partial(_judged, judge, f"judge {name}", columns) for name, judge in judges.items()}
 
     if args.dry_run:
         return say_budget(args, stage, policies, prompts, reward)
     with stage.progress((3 + args.best_of) * len(prompts), "evaluate") as advance:
-        verdicts = judge_policies(args, stage, policies, prompts, proxy=proxy, gold=gold, advance=advance)
+        verdicts = judge_policies(args, stage, policies, prompts, proxy=proxy, gold=gold, more=more, advance=advance)
     scores: dict[str, Any] = {"policies": {name: verdict.figures for name, verdict in verdicts.items()}, "win_rate": {}}
-    ours, theirs = verdicts["ppo"].gold, verdicts["sft"].gold
-    if ours and theirs:
-        scores["win_rate"]["ppo_vs_sft"] = judging.win_rate(ours, theirs, seed=args.seed)
+    ours, theirs = verdicts["ppo"], verdicts["sft"]
+    if ours.gold and theirs.gold:
+        scores["win_rate"]["ppo_vs_sft"] = judging.win_rate(ours.gold, theirs.gold, seed=args.seed)
+    differences = {name: judging.paired_difference(ours.judges[name], theirs.judges[name]) for name in judges}
+    scores |= {"judges": {name: {"ppo_vs_sft": found} for name, found in differences.items()}} if judges else {}
     for name, verdict in verdicts.items():
         stage.log({f"{name}/{key}": value for key, value in verdict.figures.items()})
     write_json(stage.output_dir / "scores.json", scores | {"gold": args.gold, "num_prompts": len(prompts)})
@@ -117,13 +123,22 @@ def sampled(
         )
 
 
-def load_policies(names: dict[str, str], stage: Stage) -> dict[str, judging.Policy]:
+def load_judges(names: list[str]) -> dict[str, Any]:
+    """The functions of `judges`, by the name after the colon. Raises UserError for two of one name."""
+    short = [name.rpartition(":")[2] for name in names]
+    for name in short:
+        if short.count(name) > 1:
+            raise UserError(f"judges: two are called {name}, and their figures could not be told apart; rename one")
+    return {name: load_function(module) for name, module in zip(short, names, strict=True)}
+
+
+def load_policies(names: dict[str, str], device: torch.device | None, pretrain_chat: bool) -> dict[str, judging.Policy]:
     """Open the models. Raises UserError if they do not share a vocabulary: then no KL is defined."""
     policies: dict[str, judging.Policy] = {}
     for name, path in names.items():
-        model, tokenizer = load_policy(path, stage.device), load_tokenizer(path)
+        model, tokenizer = load_policy(path, device), load_tokenizer(path)
         fit_embeddings(model, tokenizer, path)
-        policies[name] = judging.Policy(model, tokenizer, plain=name == "pretrain")
+        policies[name] = judging.Policy(model, tokenizer, plain=name == "pretrain" and not pretrain_chat)
         if tokenizer.get_vocab() != policies["pretrain"].tokenizer.get_vocab():
             raise UserError(
                 f"{path} has another vocabulary than {names['pretrain']}; all policies must come from one model"
@@ -139,11 +154,12 @@ def judge_policies(
     *,
     proxy: judging.Judge,
     gold: judging.Judge | None,
+    more: Mapping[str, judging.Judge],
     advance: Callable[[int], None],
 ) -> dict[str, judging.Verdict]:
     """Verdicts of pretrain, sft, best_of_<n> and ppo, in this order; `advance` is told how many answers are done."""
-    sft, pretrained, n = policies["sft"], policies["pretrain"], args.best_of
-    fluency = partial(judging.text_bits_per_byte, pretrained.model, pretrained.tokenizer)
+    sft, n = policies["sft"], args.best_of
+    fluency = fluency_of(args, stage, policies["pretrain"])
 
     def judge(number: int, name: str, asked: list[Any]) -> dict[str, Any]:
         policy = policies.get(name, sft)
@@ -154,7 +170,8 @@ def judge_policies(
         else:
             best, kl = judging.best_of(scores, n), judging.best_of_n_kl(n)
             answers, scores = answers.take(best), [scores[i] for i in best]
-        return asdict(judging.verdict_of(answers, proxy=scores, gold=gold, kl=kl, fluency=fluency, seed=args.seed))
+        common: dict[str, Any] = {"gold": gold, "judges": more, "fluency": fluency, "seed": args.seed}
+        return asdict(judging.verdict_of(answers, proxy=scores, kl=kl, **common))
 
     parts, verdicts = Parts(stage), {}
     for number, name in enumerate(("pretrain", "sft", f"best_of_{n}", "ppo")):
@@ -164,6 +181,17 @@ def judge_policies(
         part = parts.get(partial(judge, number, name, asked))
         verdicts[name] = judging.Verdict(**part | {"answers": judging.Answers(**part["answers"])})
     return verdicts
+
+
+def fluency_of(
+    args: EvaluateArguments, stage: Stage, pretrained: judging.Policy
+) -> Callable[[list[str]], float | None]:
+    """What gives the bits per byte of texts: under fluency_model, or where none is named under the pretrained model."""
+    model, tokenizer = pretrained.model, pretrained.tokenizer
+    if args.fluency_model not in (None, args.pretrain_model):
+        model, tokenizer = load_policy(args.fluency_model, stage.device), load_tokenizer(args.fluency_model)
+        fit_embeddings(model, tokenizer, args.fluency_model)
+    return partial(judging.text_bits_per_byte, model, tokenizer)
 
 
 def _judged(function: Any, name: str, columns: dict[str, list], prompts: list, texts: list[str]) -> list[float]:

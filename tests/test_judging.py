@@ -19,6 +19,7 @@ from pipeline.judging import (
     best_of_n_kl,
     bootstrap_interval,
     distinct_n,
+    paired_difference,
     samples_of,
     sequence_kl,
     sequence_logprobs,
@@ -27,8 +28,10 @@ from pipeline.judging import (
     wilson_interval,
     win_rate,
 )
+from pipeline.model.load import load_policy
 from pipeline.runtime.arguments import EvaluateArguments
 from pipeline.runtime.command_line import resolve
+from pipeline.text.tokenizer import load_tokenizer
 from reward_data.formats import text_of
 from stages import evaluate as stage
 
@@ -251,6 +254,24 @@ def test_a_verdict_counts_what_it_says() -> None:
     }
 
 
+def test_a_verdict_with_more_judges() -> None:
+    answers = Answers(PROMPTS[:2], [[1], [1]], [[9, 5], [9, 5]], [True, True], ["a", "b c"])
+    judges = {"words": lambda p, texts: [len(text.split()) for text in texts]}
+    common = {"gold": None, "kl": 0.0, "fluency": lambda t: None, "judges": judges}
+    verdict = verdict_of(answers, proxy=[1.0, 2.0], **common)
+    assert verdict.judges == {"words": [1, 2]} and verdict.figures["judge_words"] == 1.5
+    assert verdict.figures["judge_words_ci95"] == [1.0, 2.0]
+    assert [row["judge_words"] for row in samples_of({"sft": verdict})] == [1, 2]
+
+
+def test_a_paired_difference_by_hand() -> None:
+    """Differences 0.1, 0.3 and −0.1: mean 0.1, squared deviations 0, 0.04, 0.04, so √(0.08 / 2 / 3)."""
+    found = paired_difference([0.6, 0.9, 0.2], [0.5, 0.6, 0.3])
+    assert found["mean"] == pytest.approx(0.1) and found["n"] == 3
+    assert found["standard_error"] == pytest.approx(math.sqrt(0.04 / 3))
+    assert paired_difference([1.0], [0.0]) == {"mean": 1.0, "standard_error": None, "n": 1}
+
+
 # ---- the stage ------------------------------------------------------------------------------------------------------
 
 
@@ -305,6 +326,34 @@ def test_stage_records_and_repeats_itself(run: Path) -> None:
     assert {"pretrain", "sft", "ppo", "reward"} <= set(record["inputs"])
     stage.main(arguments(run, fresh=True))
     assert (run / "evaluate/scores.json").read_text() == scores == (run / "evaluate.old-1/scores.json").read_text()
+
+
+def count_words(prompts: list, completions: list, **columns: list) -> list[float]:
+    """A judge on another scale."""
+    return [float(len(text.split())) for text in map(text_of, completions)]
+
+
+def test_stage_with_more_judges_a_chat_model_and_another_reader(run: Path, tmp_path: Path) -> None:
+    """Every judge's figures are those of its samples; the bits per byte are those of the model that was named."""
+    changes = {"judges": ["test_judging:count_words"], "pretrain_chat": True, "fluency_model": f"{run}/sft"}
+    stage.main(arguments(run, output_dir=str(tmp_path), ppo_model=f"{run}/pretrain", **changes))
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    by = {name: [row for row in rows if row["policy"] == name] for name in scores["policies"]}
+    words = {name: count_words([], [row["completion"] for row in mine]) for name, mine in by.items()}
+    reader = Policy(load_policy(f"{run}/sft"), load_tokenizer(f"{run}/sft"))
+    for name, figures in scores["policies"].items():
+        assert [row["judge_count_words"] for row in by[name]] == words[name]
+        assert figures["judge_count_words"] == pytest.approx(np.mean(words[name]))
+        texts = [row["completion"] for row in by[name]]
+        assert figures["bpb_under_pretrained"] == pytest.approx(
+            text_bits_per_byte(reader.model, reader.tokenizer, texts), rel=1e-5
+        )
+    assert scores["judges"] == {"count_words": {"ppo_vs_sft": paired_difference(words["ppo"], words["sft"])}}
+    assert json.loads((tmp_path / "stage.json").read_text())["metrics"]["judges"] == scores["judges"]
+    # Asked through the template, the pretrained model says what it says as the policy of ppo, but for the draw
+    policies = stage.load_policies({"pretrain": f"{run}/pretrain"}, None, True)
+    assert policies["pretrain"].encode(PROMPTS[1:2]) == reader.encode(PROMPTS[1:2])
 
 
 def test_stage_without_a_gold_judge(run: Path, tmp_path: Path) -> None:

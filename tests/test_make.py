@@ -53,7 +53,13 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What make reads, in a folder where nothing that it does matters."""
     folder = tmp_path_factory.mktemp("home") / "project"
     shutil.copytree(ROOT / "configs", folder / "configs")
-    for name in ("Makefile", "pyproject.toml", "constraints.txt", "requirements-reviews.txt"):
+    for name in (
+        "Makefile",
+        "pyproject.toml",
+        "constraints.txt",
+        "requirements-reviews.txt",
+        "requirements-smollm2.txt",
+    ):
         shutil.copy(ROOT / name, folder)
     return folder
 

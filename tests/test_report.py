@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from pipeline.errors import NothingToDo, UserError
 from pipeline.report import gather as report
-from pipeline.report.page import page
+from pipeline.report.page import markdown, page
 from pipeline.report.plots import PALETTE, STYLE, draw_plots
 from pipeline.runtime.arguments import ReportArguments
 from pipeline.runtime.command_line import resolve
@@ -52,6 +52,36 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def html(run: Path) -> str:
     return (run / "report/report.html").read_text()
+
+
+def test_other_judges_are_shown_with_interval_and_difference(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    file = folder / "evaluate/scores.json"
+    scores = json.loads(file.read_text())
+    for i, figures in enumerate(scores["policies"].values()):
+        figures |= {"judge_vader": i / 10 - 0.1, "judge_vader_ci95": [i / 10 - 0.2, i / 10]}
+    scores["judges"] = {"vader": {"ppo_vs_sft": {"mean": 0.2, "standard_error": 0.0456, "n": 85}}}
+    file.write_text(json.dumps(scores))
+    found = report.read_run(folder)
+    table = report.policy_table(found)
+    assert table.columns[1:4] == ["Gold", "Judge vader", "Proxy"]
+    assert [cells[2] for cells in table.rows.values()][:2] == ["−0.10 (−0.20–0.00)", "0.00 (−0.10–0.10)"]
+    sentence = "Judge vader: PPO +0.200 ± 0.046 over SFT"
+    assert report.summary(found)["judges"] == scores["judges"]
+    assert sentence in page(found, [], 1) and sentence in markdown(found, [], 1)
+    del scores["policies"]["ppo"]["judge_vader"]
+    file.write_text(json.dumps(scores))
+    with pytest.raises(UserError, match="lacks judge_vader"):
+        report.read_run(folder)
+
+
+def test_a_run_that_converted_its_model_misses_no_pretraining(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", ("sft",))
+    (folder / "convert").mkdir()
+    record = json.loads((folder / "sft/stage.json").read_text())
+    (folder / "convert/stage.json").write_text(json.dumps(record | {"stage": "convert"}))
+    assert report.read_run(folder).missing == ["preferences", "reward", "ppo", "evaluate"]
+    assert "convert" not in report.read_run(write_run(tmp_path / "other", ("sft",))).missing
 
 
 # ---- summary.json ---------------------------------------------------------------------------------------------------

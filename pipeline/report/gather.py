@@ -39,14 +39,18 @@ class Run:
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     policies: dict[str, dict[str, Any]] = field(default_factory=dict)
     win_rate: dict[str, dict[str, Any]] = field(default_factory=dict)
+    judges: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    """By judge, PPO's paired difference to SFT: `ppo_vs_sft` → mean, standard_error, n."""
     num_prompts: int | None = None
     samples: list[dict[str, Any]] = field(default_factory=list)
     calibration: dict[str, Any] = field(default_factory=dict)
 
     @property
     def missing(self) -> list[str]:
-        """Stages that have not finished."""
-        return [name for name in STAGES if name not in self.stages]
+        """Stages that have not finished, of those of a run that converts a model or of one that pretrains it."""
+        away = {name for stage in self.stages for name in STAGES[stage].stands_for}
+        away |= {stage.name for stage in STAGES.values() if stage.stands_for} - self.stages.keys()
+        return [name for name in STAGES if name not in self.stages and name not in away]
 
     @property
     def preset(self) -> str:
@@ -97,7 +101,7 @@ def read_run(folder: Path | str) -> Run:
     if "evaluate" in run.stages:
         scores = _read(run.folder / "evaluate" / "scores.json", {"policies": dict, "win_rate": dict})
         run.policies, run.win_rate = scores["policies"], scores["win_rate"]
-        run.num_prompts = scores.get("num_prompts")
+        run.num_prompts, run.judges = scores.get("num_prompts"), scores.get("judges", {})
         run.samples = _read(run.folder / "evaluate" / "samples.jsonl", SAMPLE)
         _check_scores(run)
     calibration = run.folder / "reward" / "calibration.json"
@@ -154,6 +158,14 @@ def _check_scores(run: Run) -> None:
         _check_shape(file, wins, {"mean": NUMBER, "n": int})
         if not _is_interval(wins.get("ci95")):
             raise _unreadable(file, "has a ci95 that is no interval")
+    _check_shape(file, run.judges, dict.fromkeys(run.judges, dict))
+    for name, found in run.judges.items():
+        _check_shape(file, found, {"ppo_vs_sft": dict})
+        _check_shape(file, found["ppo_vs_sft"], {"mean": NUMBER, "standard_error": (*NUMBER, type(None)), "n": int})
+        for figures in run.policies.values():
+            _check_shape(file, figures, {f"judge_{name}": NUMBER})
+            if not _is_interval(figures.get(f"judge_{name}_ci95")):
+                raise _unreadable(file, f"has a judge_{name}_ci95 that is no interval")
     for row in run.samples:
         row.setdefault("gold", None)
 
@@ -189,6 +201,7 @@ def summary(run: Run) -> dict[str, Any]:
         "stages": stages,
         "policies": {name: dict.fromkeys(POLICY_FIGURES) | figures for name, figures in run.policies.items()},
         "win_rate": run.win_rate,
+        **({"judges": run.judges} if run.judges else {}),
     }
 
 
@@ -238,12 +251,27 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def with_interval(figures: dict[str, Any]) -> str:
-    """Gold with its interval: `0.52 (0.48–0.56)`."""
-    if figures["gold"] is None:
+def with_interval(figures: dict[str, Any], name: str = "gold") -> str:
+    """A judge's mean with its interval: `0.52 (0.48–0.56)`."""
+    if figures[name] is None:
         return "–"
-    low, high = figures["gold_ci95"]
-    return f"{figures['gold']:.2f} ({low:.2f}–{high:.2f})"
+    low, high = (number(end, ".2f") for end in figures[f"{name}_ci95"])
+    return f"{number(figures[name], '.2f')} ({low}–{high})"
+
+
+def judge_sentences(run: Run) -> list[str]:
+    """What each of the other judges says of PPO against SFT, with the standard error."""
+    found = {name: judge["ppo_vs_sft"] for name, judge in run.judges.items()}
+    return [
+        f"{judge_title(name)}: PPO {number(by['mean'], '+.3f')} ± {number(by['standard_error'], '.3f')} over SFT (mean "
+        f"and standard error of the difference on the same {by['n']} prompts)."
+        for name, by in found.items()
+    ]
+
+
+def judge_title(name: str) -> str:
+    """How a judge is called in tables."""
+    return f"Judge {name.replace('_', ' ')}"
 
 
 def policy_title(name: str) -> str:
@@ -271,10 +299,15 @@ def policy_table(run: Run) -> Table:
         "No end": ("without_eos", ".0%"),
     }
     rows = {
-        name: [policy_title(name), with_interval(p), *(number(p.get(key), form) for key, form in forms.values())]
+        name: [
+            policy_title(name),
+            with_interval(p),
+            *(with_interval(p, f"judge_{judge}") for judge in run.judges),
+            *(number(p.get(key), form) for key, form in forms.values()),
+        ]
         for name, p in run.policies.items()
     }
-    return Table(["Policy", "Gold", *forms], rows)
+    return Table(["Policy", "Gold", *map(judge_title, run.judges), *forms], rows)
 
 
 def stage_table(run: Run) -> Table:

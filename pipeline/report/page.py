@@ -40,6 +40,7 @@ def _render(template: str, run: gather.Run, plots: list[Plot], num_samples: int)
         sentence=sentence,
         plots=plots,
         policies=gather.policy_table(run),
+        judges=gather.judge_sentences(run),
         samples=gather.sample_groups(run, num_samples),
         stages=gather.stage_table(run),
         chain=gather.STAGES,

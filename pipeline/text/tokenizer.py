@@ -145,7 +145,8 @@ def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         vocabulary = tokenizer.get_vocab()
         spare = (PAD, "<|finetune_right_pad_id|>", "<|padding|>", tokenizer.unk_token)
-        tokenizer.pad_token = next((t for t in spare if t in vocabulary and t != tokenizer.eos_token), None)
+        ends = (tokenizer.eos_token, END_OF_TEXT)  # SmolLM2's unknown token ends its documents
+        tokenizer.pad_token = next((t for t in spare if t in vocabulary and t not in ends), None)
         if tokenizer.pad_token is None:
             tokenizer.add_special_tokens({"pad_token": PAD})
     return tokenizer
