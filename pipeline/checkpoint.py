@@ -239,7 +239,6 @@ def step_of(checkpoint: Path) -> int:
 
 def by_step(folder: Path) -> list[Path]:
     """`step-…` (ours) and `checkpoint-…` (transformers' Trainer), newest first."""
-    found = [
-        p for name in ("step-*", "checkpoint-*") for p in folder.glob(name) if p.name.rsplit("-", 1)[1].isdecimal()
-    ]
-    return sorted((path for path in found if path.is_dir()), key=step_of, reverse=True)
+    found = [path for name in ("step-*", "checkpoint-*") for path in folder.glob(name) if path.is_dir()]
+    # Not checkpoint-old-3, which is somebody's copy
+    return sorted((path for path in found if path.name.split("-", 1)[1].isdecimal()), key=step_of, reverse=True)

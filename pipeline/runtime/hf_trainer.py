@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import send_to_device
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from pipeline.checkpoint import seal, set_aside, step_of
+from pipeline.checkpoint import by_step, seal, set_aside, step_of
 from pipeline.model.hardware import use_bf16
 from pipeline.model.optim import MuonFactory
 from pipeline.runtime import signals
@@ -297,8 +297,8 @@ def set_damaged_aside(checkpoints: Path, done: int) -> None:
 
     The Trainer would count them when it makes room, and remove a whole one for them.
     """
-    for checkpoint in checkpoints.glob("checkpoint-*"):
-        if checkpoint.name.rsplit("-", 1)[1].isdigit() and step_of(checkpoint) > done:
+    for checkpoint in by_step(checkpoints):
+        if step_of(checkpoint) > done:
             set_aside(checkpoint)
 
 
