@@ -184,7 +184,7 @@ def _content_fault(file: Path) -> str | None:
                 pass
     except Exception:  # whatever a file of rubbish raises; what torch says advises to open it unsafely
         return f"{file.name} cannot be read"
-    needed = NEEDED.get("rng_state.pth" if file.name.startswith("rng_state") else file.name, set())
+    needed = NEEDED.get("rng_state.pth" if file.name.startswith("rng_state") else file.name)
     if needed and not (isinstance(content, dict) and needed <= content.keys()):
         return f"{file.name} lacks {', '.join(sorted(needed))}"
     return None
@@ -195,9 +195,9 @@ def _trainer_fault(names: list[str]) -> str | None:
     if "trainer_state.json" not in names:
         return None
     # global_step…: DeepSpeed's own folder
-    parts = {"optimizer": ("optimizer", "global_step"), "scheduler": ("scheduler", "global_step"), "rng_state": ()}
-    for part, beginnings in parts.items():
-        if not any(name.startswith((part, *beginnings)) for name in names):
+    parts = {"optimizer": ("global_step",), "scheduler": ("global_step",), "rng_state": ()}
+    for part, others in parts.items():
+        if not any(name.startswith((part, *others)) for name in names):
             return f"its {part} is missing"
     return None
 
@@ -239,7 +239,6 @@ def step_of(checkpoint: Path) -> int:
 
 def by_step(folder: Path) -> list[Path]:
     """`step-…` (ours) and `checkpoint-…` (transformers' Trainer), newest first."""
-    found = [
-        p for name in ("step-*", "checkpoint-*") for p in folder.glob(name) if p.name.rsplit("-", 1)[1].isdecimal()
-    ]
-    return sorted((path for path in found if path.is_dir()), key=step_of, reverse=True)
+    found = [path for name in ("step-*", "checkpoint-*") for path in folder.glob(name) if path.is_dir()]
+    # Not checkpoint-old-3, which is somebody's copy
+    return sorted((path for path in found if path.name.split("-", 1)[1].isdecimal()), key=step_of, reverse=True)

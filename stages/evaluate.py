@@ -173,12 +173,12 @@ def judge_policies(
         common: dict[str, Any] = {"gold": gold, "judges": more, "fluency": fluency, "seed": args.seed}
         return asdict(judging.verdict_of(answers, proxy=scores, kl=kl, **common))
 
-    parts, verdicts = Parts(stage), {}
+    parts, verdicts = Parts(stage, (3 + n) * len(prompts), "answers"), {}
     for number, name in enumerate(("pretrain", "sft", f"best_of_{n}", "ppo")):
         asked = [prompt for prompt in prompts for _ in range(1 if name in policies else n)]
         if parts.is_kept:
             advance(len(asked))
-        part = parts.get(partial(judge, number, name, asked))
+        part = parts.get(partial(judge, number, name, asked), len(asked))
         verdicts[name] = judging.Verdict(**part | {"answers": judging.Answers(**part["answers"])})
     return verdicts
 

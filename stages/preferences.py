@@ -95,13 +95,15 @@ def sample_and_label(args: PreferencesArguments, stage: Stage) -> dict[str, list
     if args.dry_run:
         say_budget(args, stage, policy, label, prompts)
         return {}
-    parts = Parts(stage)
-    with stage.progress(sum(map(len, prompts.values())), "preferences") as advance:
+    total = sum(map(len, prompts.values()))
+    parts = Parts(stage, total, "prompts")
+    with stage.progress(total, "preferences") as advance:
         for number, (name, rows) in enumerate(prompts.items()):
             for start in range(0, len(rows), at_once):
                 some = range(start, min(start + at_once, len(rows)))
                 generator = seeded(args.seed, number, start)  # so that no part depends on those before it
-                for prompt, scored in parts.get(partial(ask, args, stage, policy, label, rows, some, generator)):
+                make = partial(ask, args, stage, policy, label, rows, some, generator)
+                for prompt, scored in parts.get(make, len(some)):
                     splits[name] += pair_up(prompt, scored, args.label_beta, args.min_score_gap, coin)
                 advance(len(some))
     return splits

@@ -24,6 +24,7 @@ from pipeline.runtime.console import run
 from pipeline.runtime.record import Stage
 from pipeline.runtime.trainer_budget import of_trainer
 from pipeline.text import data
+from pipeline.text.counts import agreeing, counted
 from pipeline.text.lengths import Fit, check_positions
 from pipeline.text.packing import Packed, StreamedRows, collate, document_end, pack
 from pipeline.text.tokenizer import load_tokenizer
@@ -66,7 +67,9 @@ def main(args: PretrainArguments) -> None:
     if isinstance(training, StreamedRows):
         texts: Any = training.texts
         if texts.documents:  # none where all steps had been done before
-            stage.say(f"{texts.documents:,} documents were read, {texts.duplicates:,} of them duplicates")
+            read = f"{counted(texts.documents, 'documents')} {agreeing(texts.documents, 'was', 'were')} read"
+            held_out_too = f", {texts.held_out:,} held out and not trained on" if texts.held_out else ""
+            stage.say(f"{read}, {texts.duplicates:,} of them duplicates{held_out_too}")
 
     val_loss = trainer.evaluate()["eval_loss"]
     hf_trainer.save_model(trainer, stage)
@@ -125,7 +128,7 @@ def views_of(
 
     def parts(number: int) -> list[preview.Part]:
         ids = rows[number]["input_ids"]
-        return [preview.Part(f"{len(ids):,} tokens", ids, [place > 0 for place in range(len(ids))])]
+        return [preview.Part(counted(len(ids), "tokens"), ids, [place > 0 for place in range(len(ids))])]
 
     shown = range(len(rows))
     places = [f"row {number + 1}" for number in range(min(args.show, len(rows)))]

@@ -25,13 +25,14 @@ from pipeline.runtime.record import Stage
 from pipeline.runtime.sums import shares, total
 from pipeline.runtime.trainer_budget import of_trainer
 from pipeline.text import data
+from pipeline.text.counts import counted
 from pipeline.text.data import Loaded
 from pipeline.text.lengths import check_positions, fit_rows
 from pipeline.text.tokenizer import load_tokenizer, oddities, scored_ids
 from reward_data.formats import text_of
 
 CALIBRATION_BINS = 10
-NAMES = ("prompt", "chosen", "rejected")
+SIDES = ("chosen", "rejected")
 
 
 def main(args: RewardArguments) -> None:
@@ -44,10 +45,12 @@ def main(args: RewardArguments) -> None:
     fit_embeddings(model, tokenizer, args.model_name_or_path)
     check_positions("reward", "max_length", args.max_length, model, args.model_name_or_path)
     trained = hf_trainer.with_lora(args, stage, model)
-    training, held_out = (
-        prepare(args, tokenizer, data.load_preferences(args.dataset, split=split, seed=args.seed), f"{split} pairs")
-        for split in ("train", "test")
-    )
+    loaded = {
+        "train": data.load_preferences(args.dataset, split="train", seed=args.seed),
+        "test": data.load_preferences(args.dataset, split="test", seed=args.seed),
+    }
+    training, held_out = (prepare(args, tokenizer, part, f"{name} pairs") for name, part in loaded.items())
+    held_out.view.notes += data.repeated_prompts(loaded, "pairs")
     views, told = [training.view, held_out.view], "both sides are read whole"
     if args.show:
         return preview.show(stage, views, told, tokenizer, "the score is read at the token between")
@@ -80,21 +83,21 @@ class Prepared:
 def prepare(args: RewardArguments, tokenizer: PreTrainedTokenizerBase, loaded: Loaded, what: str) -> Prepared:
     """Pairs as tokens, held against max_length. Raises UserError for a row that cannot be rendered, and as
     lengths.fit_rows does."""
-    prompts = loaded.rows["prompt"][:]
-    sides = {
-        side: scored_ids(tokenizer, prompts, loaded.rows[side][:], loaded.places) for side in ("chosen", "rejected")
-    }
+    prompts, answers = loaded.rows["prompt"][:], {side: loaded.rows[side][:] for side in SIDES}
+    sides = {side: scored_ids(tokenizer, prompts, answers[side], loaded.places) for side in SIDES}
     lengths = [max(map(len, pair)) for pair in zip(*sides.values(), strict=True)]
     ends = tokenizer.eos_token or ""
-    texts = ["\n".join(text_of(row[name]).removesuffix(ends) for name in NAMES) for row in loaded.rows]
+    rows = zip(prompts, *answers.values(), strict=True)
+    texts = ["\n".join(text_of(text).removesuffix(ends) for text in row) for row in rows]
     both = [chosen + rejected for chosen, rejected in zip(*sides.values(), strict=True)]
     notes = [*loaded.notes, *oddities(tokenizer, texts, both, loaded.places, what)]
     fit = fit_rows("reward", what, lengths, args.max_length, loaded.places, args.overlong)
 
     def parts(number: int) -> list[preview.Part]:
+        rows = {side: ids[number] for side, ids in sides.items()}
         return [
-            preview.Part(f"{side}: {len(ids[number]):,} tokens", ids[number], [False] * (len(ids[number]) - 1) + [True])
-            for side, ids in sides.items()
+            preview.Part(f"{side}: {counted(len(ids), 'tokens')}", ids, [False] * (len(ids) - 1) + [True])
+            for side, ids in rows.items()
         ]
 
     tokens = Dataset.from_dict({f"{side}_ids": [ids[i] for i in fit.kept] for side, ids in sides.items()})

@@ -19,6 +19,7 @@ from pipeline.runtime.record import Stage
 from pipeline.runtime.sums import shares, total
 from pipeline.runtime.trainer_budget import of_trainer
 from pipeline.text import data
+from pipeline.text.counts import counted
 from pipeline.text.data import Loaded
 from pipeline.text.lengths import check_positions, fit_rows
 from pipeline.text.packing import IGNORED
@@ -49,6 +50,7 @@ def main(args: SFTArguments) -> None:
     fit_embeddings(model, tokenizer, args.model_name_or_path)
     trained = hf_trainer.with_lora(args, stage, model)
     training, held_out = (prepare(args, tokenizer, part, f"{name} rows") for name, part in loaded.items())
+    held_out.view.notes += data.repeated_prompts(loaded, "rows")
     views, told = [training.view, held_out.view], preview.ends_told(tokenizer, ends)
     if args.show:
         return preview.show(stage, views, told, tokenizer, "trained on is what stands between")
@@ -104,7 +106,7 @@ def prepare(args: SFTArguments, tokenizer: PreTrainedTokenizerBase, loaded: Load
     def parts(number: int) -> list[preview.Part]:
         row, start = answered[number].ids[: args.max_length], starts[number]
         cut = f", cut from {lengths[number]:,}" if lengths[number] > len(row) else ""
-        heading = f"{len(row):,} tokens{cut}, {len(row) - start:,} of them trained on"
+        heading = f"{counted(len(row), 'tokens')}{cut}, {len(row) - start:,} of them trained on"
         return [preview.Part(heading, row, [i >= start for i in range(len(row))])]
 
     rows = Dataset.from_dict({"input_ids": ids, "labels": labels})
@@ -121,11 +123,12 @@ def notes_on(tokenizer: PreTrainedTokenizerBase, answered: list[Any], loaded: Lo
         )
     if unlike := [place for row, place in zip(answered, loaded.places, strict=True) if not row.as_sampled]:
         notes.append(
-            f"in {len(unlike):,} of {len(answered):,} {what} (first: {unlike[0]}) the prompt's last tokens are others "
-            "than those that answers are sampled after; let prompts end, and answers begin, where a token does"
+            f"in {len(unlike):,} of {counted(len(answered), what)} (first: {unlike[0]}) the prompt's last tokens are "
+            "others than those that answers are sampled after; let prompts end, and answers begin, where a token does"
         )
     end = tokenizer.eos_token or ""
-    texts = [f"{text_of(row['prompt'])}\n{text_of(row['completion']).removesuffix(end)}" for row in loaded.rows]
+    rows = zip(loaded.rows["prompt"][:], loaded.rows["completion"][:], strict=True)
+    texts = [f"{text_of(prompt)}\n{text_of(completion).removesuffix(end)}" for prompt, completion in rows]
     return notes + oddities(tokenizer, texts, [row.ids for row in answered], loaded.places, what)
 
 

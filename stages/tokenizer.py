@@ -7,6 +7,7 @@ from pipeline.runtime.arguments import TokenizerArguments
 from pipeline.runtime.console import console, run
 from pipeline.runtime.record import Stage
 from pipeline.text import data
+from pipeline.text.counts import counted
 from pipeline.text.lengths import percentiles
 from pipeline.text.tokenizer import character_tokenizer, encode, train_tokenizer
 
@@ -21,7 +22,8 @@ def main(args: TokenizerArguments) -> None:
     where = {name: getattr(args, name) for name in ("seed", "max_bytes", "text_column", "streaming")}
     texts = data.load_texts(args.dataset, split="train", **where)
     sizes = [len(text.encode()) for text in texts]
-    summary = f"{len(texts):,} documents, {sum(sizes):,} bytes of UTF-8", percentiles("bytes of documents", sizes)
+    documents = counted(len(texts), "documents")
+    summary = f"{documents}, {sum(sizes):,} bytes of UTF-8", percentiles("bytes of documents", sizes)
     if args.show:
         for number, text in enumerate(texts[: args.show], start=1):
             console.print(f"\ndocument {number}, {sizes[number - 1]:,} bytes", style="bold", markup=False)

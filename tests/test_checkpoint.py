@@ -7,6 +7,7 @@ import pytest
 
 from pipeline import checkpoint
 from pipeline.checkpoint import (
+    by_step,
     fault_of,
     latest_checkpoint,
     prune,
@@ -162,11 +163,20 @@ def test_rubbish_is_passed_over_though_its_sums_fit(tmp_path: Path, name: str) -
 
 def test_a_file_or_an_odd_name_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "step-00000009").write_text("mine")
-    for name in ("step-²", "step-last", "checkpoint-"):
+    odd = ["step-²", "step-last", "checkpoint-", "checkpoint-old-3", "checkpoint-3-old", "step-1-2-3"]
+    for name in odd:
         (tmp_path / name).mkdir()
-    save_checkpoint(tmp_path, 1, writer("one"))
-    assert latest_checkpoint(tmp_path).name == "step-00000001"
-    assert (tmp_path / "step-00000009").read_text() == "mine" and (tmp_path / "step-last").exists()
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, writer("one"), keep=1)
+    assert latest_checkpoint(tmp_path).name == "step-00000002" and len(by_step(tmp_path)) == 1
+    assert (tmp_path / "step-00000009").read_text() == "mine" and all((tmp_path / name).exists() for name in odd)
+
+
+def test_the_newest_has_the_highest_number_whatever_its_length(tmp_path: Path) -> None:
+    names = ["checkpoint-9", "checkpoint-100", "checkpoint-10", "step-00000050"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    assert [path.name for path in by_step(tmp_path)] == [names[1], names[3], names[2], names[0]]
 
 
 def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:

@@ -50,6 +50,19 @@ def test_what_cannot_be_removed_stops_no_save(tmp_path: Path, monkeypatch: pytes
     assert latest_checkpoint(tmp_path) == made and (tmp_path / "step-00000001").exists()
 
 
+def test_what_cannot_be_removed_hides_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(path: str | Path, **options: int) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    def fills_the_disk(folder: Path) -> None:
+        (folder / "state.bin").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.unlink", refuses)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(tmp_path, 1, fills_the_disk)
+
+
 def test_files_of_the_system_are_no_damage(tmp_path: Path) -> None:
     made = save_checkpoint(tmp_path, 2, writer("two"))
     for name in (".DS_Store", ".nfs00012"):
@@ -74,7 +87,7 @@ def test_a_checkpoint_of_other_settings_is_passed_over(tmp_path: Path) -> None:
     folder, said = tmp_path / "checkpoints", []
     folder.mkdir()
     (tmp_path / "metrics.jsonl").write_text("{}\n")
-    identities = [{"stage": "ppo", "config": {"seed": seed}} for seed in (1, 2)]
+    identities = [{"stage": "ppo", "config": {"seed": seed, "batch_size": 8 * seed}} for seed in (1, 2)]
     made = []
     for step, identity in enumerate(identities, start=1):
         write_json(folder / "identity.json", identity)
@@ -85,7 +98,8 @@ def test_a_checkpoint_of_other_settings_is_passed_over(tmp_path: Path) -> None:
     assert (made[0] / "metrics.jsonl").read_text() == "{}\n"
     assert latest_checkpoint(folder, said.append, identities[1]) == made[1] and not said
     assert latest_checkpoint(folder, said.append, identities[0]) == made[0]
-    assert said.pop() == f"checkpoint {made[1]} is not used: it was written with other settings (seed: 2 → 1)"
+    changed = "seed: 2 → 1; batch_size: 16 → 8"
+    assert said.pop() == f"checkpoint {made[1]} is not used: it was written with other settings ({changed})"
     (folder / "identity.json").unlink()
     last = save_checkpoint(folder, 3, writer("state"))
     assert sorted(path.name for path in last.iterdir()) == ["manifest.json", "state.bin"]
@@ -161,7 +175,10 @@ class Bomb:
 
 
 @pytest.mark.parametrize("name", ["state.pt", "optimizer.pt", "rng_state.pth"])
-def test_a_checkpoint_runs_no_code(tmp_path: Path, name: str) -> None:
+def test_a_checkpoint_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Whatever the environment says: torch takes this word of it where the caller says nothing."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+
     def write(folder: Path) -> None:
         torch.save({"state": Bomb(tmp_path / "harm")}, folder / name)
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from pipeline.errors import UserError
 from pipeline.text import data
@@ -42,6 +43,52 @@ def test_rows_of_all_files_are_counted(tmp_path: Path) -> None:
 def test_where_nothing_was_dropped_nothing_is_said_of_it(tmp_path: Path) -> None:
     name = folder_of(tmp_path, train_1=TEXT, train_2=TEXT * 2, test=TEXT)
     assert data.load_instructions(name, split="train").notes == [f"{name} (prompt and completion): 3 rows read"]
+
+
+def test_one_row_is_told_of_as_one(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    taken_off = [{"prompt": "A long question", "completion": "A long question answer"}]
+    name = folder_of(tmp_path / "one", train_1=[{"prompt": "x", "completion": ""}], train_2=taken_off, test=TEXT)
+    assert data.load_instructions(name, split="train").notes == [
+        f"{name} (prompt and completion): 2 rows read, 1 row dropped: 1 empty reply",
+        f"{name}: answers began with their own prompt in 1 row; it was taken off",
+    ]
+    assert data.load_instructions(name, split="test").notes == [f"{name} (prompt and completion): 1 row read"]
+    talk = {"prompt": "other", "chosen": user("Hi") + assistant("x"), "rejected": user("Hi") + assistant("y")}
+    name = folder_of(tmp_path / "two", train_1=[talk], test=PAIR)
+    assert data.load_preferences(name, split="train").notes[1:] == [
+        f"{name}: the field 'prompt' is not in the conversation beside it in 1 row; the conversation was used"
+    ]
+
+
+def test_one_row_of_a_split_or_of_a_file_is_told_of_as_one(tmp_path: Path) -> None:
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(json.dumps({"prompt": f"p{i}", "completion": "c"}) + "\n" for i in range(4)))
+    assert data.load_instructions(str(few), split="test").notes[1:] == ["1 of 4 rows is for 'test'"]
+    assert data.load_instructions(str(few), split="train").notes[1:] == ["2 of 4 rows are for 'train'"]
+    empty = tmp_path / "empty.jsonl"
+    for count, rows in ((1, "its only row is"), (2, "all of its 2 rows are")):
+        empty.write_text((json.dumps({"prompt": "p", "completion": ""}) + "\n") * count)
+        with pytest.raises(UserError) as caught:
+            data.load_instructions(str(empty), split="train")
+        assert str(caught.value) == f"dataset: {empty}: {rows} dropped for instructions: {count} empty reply"
+
+
+def test_prompts_of_both_sides_are_counted() -> None:
+    """Where files are named for splits, nobody keeps a prompt from both."""
+    places = ["line 1", "line 2", "line 3"]
+    talks = [user("Hi") + assistant("Hello") + user("Bye"), user("Hi"), user("No")]
+    for same, other, third in (("a", "b", "c"), talks):
+        seen = data.Loaded(Dataset.from_list([{"prompt": p} for p in (same, same, other)]), places)
+        new = data.Loaded(data.Rows([{"prompt": p} for p in (third, same, other)]), places)
+        one = data.Loaded(data.Rows([{"prompt": p} for p in (third, same)]), places[:2])
+        splits = {"training": seen, "held-out": new, "test": one, "none": data.Loaded(new.rows.select([0]), places[:1])}
+        assert data.repeated_prompts(splits, "rows") == [
+            "2 of 3 held-out rows repeat prompts of the training split",
+            "1 of 2 test rows repeats a prompt of the training split",
+        ]
+        assert data.repeated_prompts({"test": one}, "rows") == []
 
 
 def test_prompts_taken_off_are_counted(tmp_path: Path) -> None:
@@ -93,3 +140,6 @@ def test_empty_documents_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFi
     name = folder_of(tmp_path, train_1=texts, test=[{"text": "c"}])
     assert sorted(data.load_texts(name, split="train")) == ["a", "b"]
     assert f"{name}/train-1.jsonl: 3 of 5 documents are empty and were left out" in caplog.text
+    folder_of(tmp_path, train_1=texts[:2])
+    assert data.load_texts(name, split="train") == ["a"]
+    assert f"{name}/train-1.jsonl: 1 of 2 documents is empty and was left out" in caplog.text

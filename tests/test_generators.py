@@ -60,16 +60,16 @@ def test_what_lacks_a_name_is_no_generator() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_corpus_is_text_by_seed_and_size(name: str) -> None:
     skip_without_data(name)
-    parts = {split: data.load_texts(name, split=split, seed=3, max_bytes=300) for split in ("train", "validation")}
-    assert all(0 < sum(len(text.encode()) for text in part) <= 300 for part in parts.values())
-    assert parts["train"] == data.load_texts(name, split="train", seed=3, max_bytes=300)
-    assert parts["train"] != data.load_texts(name, split="train", seed=4, max_bytes=300)
+    parts = {split: data.load_texts(name, split=split, seed=3, max_bytes=3000) for split in ("train", "validation")}
+    assert all(0 < sum(len(text.encode()) for text in part) <= 3000 for part in parts.values())
+    assert parts["train"] == data.load_texts(name, split="train", seed=3, max_bytes=3000)
+    assert parts["train"] != data.load_texts(name, split="train", seed=4, max_bytes=3000)
     assert not set(parts["train"]) & set(parts["validation"])
     stream = data.TextStream(name, split="train", seed=3)
     assert len(list(islice(stream, 200))) == 200, "without end: what is endless, and what begins anew"
     for streaming in (False, True):
         with pytest.raises(UserError, match=f"dataset: {name}: .*train"):
-            data.load_texts(name, split="test", max_bytes=300, streaming=streaming)
+            data.load_texts(name, split="test", max_bytes=3000, streaming=streaming)
 
 
 @pytest.mark.parametrize("kind", SPLITS)

@@ -24,6 +24,7 @@ from transformers import (
 
 from pipeline.errors import UserError
 from pipeline.rewards import Ensemble, RewardModel, WeightedRewards, readers_of
+from pipeline.text.counts import counted
 from pipeline.text.lengths import Reader, check_positions, fit_prompts, fit_rows, percentiles, positions_of
 
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -69,6 +70,17 @@ def test_rows_are_kept_dropped_cut_or_refused() -> None:
         fit_rows("reward", "pairs", [35, 20], 9, PLACES, "drop")
 
 
+def test_counts_agree_with_their_words() -> None:
+    assert [counted(n, "rows") for n in (0, 1, 2, 1200)] == ["0 rows", "1 row", "2 rows", "1,200 rows"]
+    fit = fit_rows("reward", "pairs", [10, 30], 20, PLACES, "drop")
+    assert fit.sentence() == "1 of 2 pairs is used, 1 of 2 is dropped: longer than max_length 20"
+    assert fit_rows("reward", "train pairs", [10], 20, PLACES, "drop").sentence() == "1 of 1 train pair is used"
+    fit = fit_rows("sft", "rows", [30], 20, PLACES, "cut", [2])
+    assert fit.sentence() == "1 of 1 row is used, 1 of 1 answer loses its end at max_length 20"
+    with pytest.raises(UserError, match=r"more than max_length 20 allows \(1 of 1 pair is longer\)"):
+        fit_rows("reward", "pairs", [30], 20, PLACES, "refuse")
+
+
 def test_percentiles_are_lengths_that_are_there() -> None:
     told = percentiles("tokens of rows", [1] * 50 + [7] * 40 + [30] * 9 + [1000])
     assert told == "tokens of rows: 50 % up to 1, 90 % up to 7, 99 % up to 30, the longest 1,000"
@@ -85,14 +97,14 @@ def test_prompts_leave_everybody_room() -> None:
     assert fit.kept == [0, 1] and [len(row) for row in ids] == [4, 8, 10, 11]
     assert fit.sentence() == (
         "2 of 4 prompts are used, "
-        "1 of 4 is dropped: with response_length 10 they do not fit the 20 tokens that the reward model r can read, "
-        "1 of 4 is dropped: with response_length 10 they do not fit the 20 tokens that the policy can read"
+        "1 of 4 is dropped: longer, with response_length 10, than the 20 tokens that the reward model r can read, "
+        "1 of 4 is dropped: longer, with response_length 10, than the 20 tokens that the policy can read"
     )
     with pytest.raises(
         UserError, match=r"ppo: rows\.jsonl, line 3: a prompt of 12 tokens and response_length 10 do not"
     ):
         fit_prompts("ppo", "prompts", prompts, PLACES[:4], readers, ("response_length", 10), "refuse")
-    with pytest.raises(UserError, match="none of the 4 prompts is left: with response_length 17 they do not fit"):
+    with pytest.raises(UserError, match="none of the 4 prompts is left: longer, with response_length 17, than"):
         fit_prompts("ppo", "prompts", prompts, PLACES[:4], readers, ("response_length", 17), "drop")
 
 

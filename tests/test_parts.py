@@ -19,6 +19,7 @@ from stages import evaluate, preferences
 SAMPLING = {"max_new_tokens": 8, "batch_size": 8, "mixed_precision": "no"}
 asked: list[int] = []
 signalled: list[bool] = []
+asked_before_the_signal = [2]
 
 
 def letters(prompts: list, completions: list, **columns: list) -> list[float]:
@@ -28,8 +29,8 @@ def letters(prompts: list, completions: list, **columns: list) -> list[float]:
 
 
 def die_later(prompts: list, completions: list, **columns: list) -> list[float]:
-    """A judge that is signalled the third time, once."""
-    if len(asked) == 2 and not signalled:
+    """A judge that is signalled the third time, or as `asked_before_the_signal` says, once."""
+    if len(asked) == asked_before_the_signal[0] and not signalled:
         signalled.append(True)
         os.kill(os.getpid(), signal.SIGINT)
     return letters(prompts, completions)
@@ -115,6 +116,27 @@ def test_ctrl_c_within_a_part(run: Path, tmp_path: Path, stage: str) -> None:
     assert not (tmp_path / "stage.json").exists()
     go(run, stage, tmp_path, "die_later")
     assert len(asked) == PARTS[stage] - 2
+
+
+@pytest.mark.parametrize("stage", PARTS)
+def test_a_stop_says_how_much_is_done(run: Path, tmp_path: Path, stage: str) -> None:
+    """Stopped in the first part, then in the third, gone on, and in the last."""
+    parts = PARTS[stage]
+    done = {"preferences": ("4 of 10 prompts are", "9 of 10 prompts are")}
+    done["evaluate"] = ("10 of 30 answers are", "25 of 30 answers are")
+    try:
+        for asked_before, kept in ((0, 0), (2, 2), (parts - 3, parts - 1)):
+            signalled.clear()
+            asked_before_the_signal[0] = asked_before
+            with signals.watching(), pytest.raises(signals.Stopped) as stop:
+                go(run, stage, tmp_path, "die_later")
+            said = "the same command goes on from the last checkpoint, if there is one"
+            if kept:
+                told = f"{done[stage][kept > 2]} done, saved {tmp_path}/checkpoints/step-{kept:08d}"
+                said = f"{told}; the same command goes on from there"
+            assert str(stop.value) == f"stopped by SIGINT; {said}"
+    finally:
+        asked_before_the_signal[0] = 2
 
 
 @pytest.mark.parametrize("stage", PARTS)

@@ -138,4 +138,4 @@ def test_prompts_without_room_are_known_before_the_first_answer(tmp_path, monkey
     assert asked == []
     main(resolve(PreferencesArguments(**given)))
     assert asked and all(len(prompt[0]["content"]) < 100 for prompt in asked)
-    assert "dropped: with max_new_tokens 6 they do not fit the 48 tokens that the policy" in capsys.readouterr().out
+    assert "dropped: longer, with max_new_tokens 6, than the 48 tokens that the policy" in capsys.readouterr().out

@@ -377,7 +377,9 @@ def test_a_full_disk_is_a_sentence_and_the_run_goes_on(
     assert fault_of(tmp_path / "checkpoints/checkpoint-4") is None
     monkeypatch.setattr(hf_trainer, "seal", seal)
     run_stage(pretrain.main, PretrainArguments)
-    assert "going on from" in capsys.readouterr().out and largest_difference(plain, tmp_path) == 0
+    out = capsys.readouterr().out
+    assert "checkpoint-8 is not used: it was cut off while it was written" in out, out
+    assert "going on from" in out and largest_difference(plain, tmp_path) == 0
 
 
 # ---- resume and processes -------------------------------------------------------------------------------------------

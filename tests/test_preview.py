@@ -92,7 +92,36 @@ def test_ppo_preferences_and_evaluate_show_prompts(run: Path, capsys: pytest.Cap
         (setting,) = (name for name in settings if name != "gold")
         assert out.strip().endswith(f"; {setting} 60 leaves room for 68")
         if stage is not evaluate:  # which has three prompts alone
-            assert f"dropped: with {setting} 60 they do not fit the 128 tokens that the policy" in out
+            assert f"dropped: longer, with {setting} 60, than the 128 tokens that the policy" in out
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "settings", "told"),
+    [
+        (sft, SFTArguments, {}, "1 of 3 held-out rows repeats a prompt of the training split"),
+        (reward, RewardArguments, {}, "1 of 3 test pairs repeats a prompt of the train split"),
+        (ppo, PPOArguments, {"response_length": 8}, "1 of 3 held-out prompts repeats a prompt of the training split"),
+        (preferences, PreferencesArguments, {}, "1 of 3 test prompts repeats a prompt of the train split"),
+        (
+            preferences,
+            PreferencesArguments,
+            {"labeller": "human"},
+            "1 of 3 test pairs repeats a prompt of the train split",
+        ),
+    ],
+)
+def test_prompts_of_both_files_are_told_of(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, stage, kind, settings: dict, told: str
+) -> None:
+    """Files that are named for splits are taken at their word, so a prompt may stand in both."""
+    (tmp_path / "given").mkdir()
+    for name, numbers in (("train", range(5)), ("test", range(4, 7))):
+        rows = [{"prompt": f"Say {i}:", "chosen": " He was happy.", "rejected": " He was sad."} for i in numbers]
+        if stage is sft:
+            rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+        (tmp_path / f"given/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = shown(run, stage, kind, "pairs", capsys, dataset=str(tmp_path / "given"), **settings)
+    assert out.splitlines().count(told) == 1
 
 
 def test_pairs_that_people_labelled(run: Path, capsys: pytest.CaptureFixture) -> None:

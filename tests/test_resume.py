@@ -133,16 +133,24 @@ def test_a_renamed_run_goes_on(tmp_path: Path) -> None:
     assert moved.resume_from == tmp_path / "two/sft/checkpoints/step-00000001"
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again_in_place(tmp_path: Path) -> None:
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again_in_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     stage = Stage(arguments(tmp_path), "sft", {})
     stage.log({"step": 1, "loss": 3.0})
     for name in ("checkpoint-4", "partial-00000004"):
         (stage.checkpoints / name).mkdir()
         (stage.checkpoints / name / "model.safetensors").write_text("half")
     (tmp_path / "sft" / "scores.json.partial").write_text("{")
+    capsys.readouterr()
     again = Stage(arguments(tmp_path), "sft", {})
     assert again.resume_from is None
     again.begin()
+    folder = tmp_path / "sft/checkpoints"
+    assert capsys.readouterr().out.splitlines() == [
+        f"sft  checkpoint {folder}/checkpoint-4 is not used: it was cut off while it was written",
+        f"sft  checkpoint {folder}/partial-00000004 is removed: it was cut off while it was written",
+    ]
     assert steps(tmp_path / "sft") == [] and not (tmp_path / "sft.old-1").exists()
     assert sorted(contents(tmp_path / "sft")) == ["checkpoints/identity.json", "metrics.jsonl"], "halves are gone"
 

@@ -198,14 +198,14 @@ def test_cut_keeps_the_beginning_and_says_how_many_lose_their_end() -> None:
     assert [len(row) for row in made.rows["input_ids"]] == [len(made.rows[0]["input_ids"]), 20, 20]
     assert made.view.fit.kept == [0, 1, 3]
     assert made.view.fit.sentence() == (
-        "3 of 4 training rows are used, 1 of 4 is dropped: their answers begin beyond max_length 20, "
+        "3 of 4 training rows are used, 1 of 4 is dropped: the answer begins beyond max_length 20, "
         "2 of 4 answers lose their end at max_length 20"
     )
 
 
 def test_drop_and_refuse() -> None:
     made = prepared([SHORT, LONG, BEYOND], tiny_tokenizer(), max_length=20, overlong="drop")
-    assert made.view.fit.sentence() == "1 of 3 training rows are used, 2 of 3 are dropped: longer than max_length 20"
+    assert made.view.fit.sentence() == "1 of 3 training rows is used, 2 of 3 are dropped: longer than max_length 20"
     sentence = r"sft: rows\.jsonl, line 20 has \d+ tokens, more than max_length 20 allows \(2 of 3 training rows are"
     with pytest.raises(UserError, match=sentence):
         prepared([SHORT, LONG, BEYOND], tiny_tokenizer(), max_length=20, overlong="refuse")

@@ -30,6 +30,10 @@ def test_near_equal_documents_are_one(tmp_path: Path, caplog: pytest.LogCaptureF
     keys = {data.document_key(text) for text in parts[0][:7]}
     rest = data.load_texts(file, split="train", without=keys)
     assert sorted(rest) == sorted(text for text in parts[0] if data.document_key(text) not in keys)
+    assert f"{file}: 7 of 54 documents are held out too and were left out" in caplog.text
+    data.load_texts(file, split="train", without=set(sorted(keys)[:1]))
+    assert f"{file}: 1 of 54 documents is held out too and was left out" in caplog.text
+    assert caplog.text.count("held out too") == 2
 
 
 @pytest.mark.slow
@@ -102,6 +106,11 @@ def test_a_stream_counts_documents_and_duplicates_of_this_iteration(tmp_path: Pa
     for _ in range(2):
         assert len(set(pass_of(stream, 10))) == 10
         assert (stream.documents, stream.duplicates) == (15, 5), "those of the iteration before do not count"
+        assert stream.held_out == 0
+    stream.without = {data.document_key("document 3")}
+    for _ in range(2):
+        assert "document 3" not in pass_of(stream, 9)
+        assert (stream.documents, stream.duplicates, stream.held_out) == (15, 5, 1)
 
 
 def test_the_key_of_a_document_never_changes() -> None:
@@ -117,7 +126,10 @@ def test_the_key_of_a_document_never_changes() -> None:
 
 def test_no_duplicates_are_no_news(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data.load_texts(write_rows(tmp_path / "t.jsonl", [{"text": f"document {i}"} for i in range(40)]), split="train")
-    assert "duplicates" not in caplog.text
+    assert "duplicates" not in caplog.text and "held out" not in caplog.text
+    file = write_rows(tmp_path / "u.jsonl", [{"text": f"document {i // 2 * (i > 1)}"} for i in (0, 1, 4, 8)])
+    data.load_texts(file, split="train")
+    assert f"{file}: 1 of 4 documents is a duplicate and was dropped" in caplog.text
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

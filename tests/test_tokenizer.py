@@ -198,11 +198,20 @@ def test_what_a_tokenizer_makes_of_texts_unseen_is_said() -> None:
     tokenizer, texts = PreTrainedTokenizerFast(tokenizer_object=words, **names), ["a b", "a <end> b", "c a d"]
     ids, places = encode(tokenizer, texts), ["line 1", "line 2", "line 3"]
     assert oddities(tokenizer, texts, ids, places, "rows") == [
-        "1 of 3 rows spell out a special token in their text (first: <end> in line 2); the model reads it as the token "
+        "1 of 3 rows spells out a special token in the text (first: <end> in line 2); the model reads it as the token "
         "itself",
         "2 tokens in 1 of 3 rows are <unk> (first: line 3): the tokenizer has no entry for what stood there",
     ]
     assert oddities(tokenizer, texts[:1], ids[:1], places[:1], "rows") == []
+    assert oddities(tokenizer, texts[1:2] * 2, ids[2:] * 2, places[:2], "rows") == [
+        "2 of 2 rows spell out a special token in the text (first: <end> in line 1); the model reads it as the token "
+        "itself",
+        "4 tokens in 2 of 2 rows are <unk> (first: line 1): the tokenizer has no entry for what stood there",
+    ]
+    ids = encode(tokenizer, ["a c"])
+    assert oddities(tokenizer, ["a c"], ids, places[:1], "rows") == [
+        "1 token in 1 of 1 row is <unk> (first: line 1): the tokenizer has no entry for what stood there"
+    ]
 
 
 def test_a_list_of_ends_is_never_narrowed(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -15,7 +15,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from pipeline.checkpoint import seal, set_aside, step_of
+from pipeline.checkpoint import by_step, seal, set_aside, step_of
 from pipeline.errors import UserError
 from pipeline.model.hardware import use_bf16
 from pipeline.model.lora import add_lora, is_lora, lora_told, save_whole
@@ -309,8 +309,8 @@ def set_damaged_aside(checkpoints: Path, done: int) -> None:
 
     The Trainer would count them when it makes room, and remove a whole one for them.
     """
-    for checkpoint in checkpoints.glob("checkpoint-*"):
-        if checkpoint.name.rsplit("-", 1)[1].isdigit() and step_of(checkpoint) > done:
+    for checkpoint in by_step(checkpoints):
+        if step_of(checkpoint) > done:
             set_aside(checkpoint)
 
 

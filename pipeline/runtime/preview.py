@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.runtime.console import console
 from pipeline.runtime.record import Stage
+from pipeline.text import data
+from pipeline.text.counts import agreeing, counted
 from pipeline.text.data import Loaded
 from pipeline.text.lengths import Fit, Overlong, Reader, fit_prompts
 from pipeline.text.tokenizer import oddities
@@ -128,6 +130,7 @@ def open_prompts(
         notes = [*loaded.notes, *oddities(tokenizer, texts, ids, loaded.places, what)]
         views.append(View(fit, loaded.places, partial(_prompt, ids, readers[0].limit, room), notes))
         rows[name] = loaded.rows if len(fit.kept) == len(prompts) else loaded.rows.select(fit.kept)
+    views[-1].notes += data.repeated_prompts(splits, "prompts")
     told = ends_told(tokenizer, ends)
     if stage.show:
         show(stage, views, told, tokenizer)
@@ -138,14 +141,16 @@ def open_prompts(
 
 def _prompt(ids: list[list[int]], limit: int | None, room: tuple[str, int], number: int) -> list[Part]:
     row = ids[number]
-    left = "" if limit is None else f", for which {limit - len(row):,} are left"
-    return [Part(f"{len(row):,} tokens, then an answer of up to {room[1]:,}{left}", row, [False] * len(row))]
+    left = 0 if limit is None else limit - len(row)
+    told = "" if limit is None else f", for which {left:,} {agreeing(left)} left"
+    return [Part(f"{counted(len(row), 'tokens')}, then an answer of up to {room[1]:,}{told}", row, [False] * len(row))]
 
 
 def of_texts(stage: Stage, splits: dict[str, Loaded], what: str) -> None:
     """Show rows that no model reads, if that is asked for; say how many there are."""
     lines = list(dict.fromkeys(note for loaded in splits.values() for note in loaded.notes))
-    lines.append(", ".join(f"{len(loaded.rows):,} {name} {what}" for name, loaded in splits.items()))
+    lines += data.repeated_prompts(splits, what)
+    lines.append(", ".join(counted(len(loaded.rows), f"{name} {what}") for name, loaded in splits.items()))
     if not stage.show:
         for line in lines:
             stage.say(line)

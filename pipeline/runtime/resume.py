@@ -196,7 +196,11 @@ class Resume:
         write_json(self.checkpoints / IDENTITY, self.identity)
         if self.fresh:
             (self.checkpoints / FRESH).touch()
-        for path in [*self.output_dir.glob(f"*{PARTIAL}"), *half_written(self.checkpoints)]:
+        for path in half_written(self.checkpoints):
+            if path.name.startswith("partial-"):  # of the others, latest_checkpoint has told
+                self.say(f"checkpoint {path} is removed: it was cut off while it was written")
+            remove(path)
+        for path in self.output_dir.glob(f"*{PARTIAL}"):
             remove(path)
         self._take_metrics()
 

@@ -29,14 +29,16 @@ INIT = re.compile(r"systemd|init|launchd|tini|dumb-init|docker-init|catatonit|s6
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended the run. `kept` is the checkpoint that was saved for it, None where there was nothing to save."""
+    """A signal ended the run. `kept` is the checkpoint that was saved for it, None where there was nothing to save;
+    `done` says how much of the work is in it, where its name does not."""
 
-    def __init__(self, number: int, kept: Path | None = None) -> None:
+    def __init__(self, number: int, kept: Path | None = None, done: str = "") -> None:
         super().__init__()
-        self.number, self.kept, self.code = number, kept, 128 + number
+        self.number, self.kept, self.done, self.code = number, kept, done, 128 + number
 
     def __str__(self) -> str:
-        kept = f"saved {self.kept}; the same command goes on from there" if self.kept else _WITHOUT_A_SAVE
+        done = f"{self.done}, " if self.done else ""
+        kept = f"{done}saved {self.kept}; the same command goes on from there" if self.kept else _WITHOUT_A_SAVE
         return f"stopped by {signal.Signals(self.number).name}; {kept}"
 
 

@@ -16,7 +16,7 @@ import hashlib
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from itertools import count
@@ -26,6 +26,7 @@ import numpy as np
 from datasets import Dataset
 
 from pipeline.errors import UserError
+from pipeline.text.counts import agreeing, counted
 from pipeline.text.sources import Source, choose, say_once
 from reward_data import formats
 from reward_data.formats import Row
@@ -70,8 +71,11 @@ def load_texts(
             cut = int(len(text) * (1 - HELD_OUT_TAIL))
             documents = [text[:cut] if _side(split) == "train" else text[cut:]]
         else:
-            keys = list(by_key)
-            documents = [by_key[key] for key in (keys if named else _part(keys, keys, split)) if key not in without]
+            keys = list(by_key) if named else _part(list(by_key), list(by_key), split)
+            documents = [by_key[key] for key in keys if key not in without]
+            if held_out := len(keys) - len(documents):
+                verbs = agreeing(held_out, "is held out too and was", "are held out too and were")
+                say_once(f"{dataset}: {held_out:,} of {len(keys):,} documents {verbs} left out")
         if dataset not in GENERATORS:
             random.Random(seed).shuffle(documents)
         documents = list(_up_to(documents, max_bytes))
@@ -99,15 +103,15 @@ class TextStream:
     buffer_size: int = 10_000
 
     def __post_init__(self) -> None:
-        self.documents = self.duplicates = 0
-        """Read, and of these dropped, since the iteration began."""
+        self.documents = self.duplicates = self.held_out = 0
+        """Read, and of these dropped, as duplicates and for `without`, since the iteration began."""
         limit = sys.maxsize if self.max_bytes is None else self.max_bytes  # a generator that never ends streams as well
         self._named, self._read = _corpus(
             self.dataset, self.split, self.text_column, seed=self.seed, max_bytes=limit, streaming=True
         )
 
     def __iter__(self) -> Iterator[str]:
-        self.documents = self.duplicates = 0
+        self.documents = self.duplicates = self.held_out = 0
         for number in count():
             empty = True
             for text in _shuffled(self.one_pass(), random.Random(f"{self.seed} {number}"), self.buffer_size):
@@ -129,7 +133,9 @@ class TextStream:
             self.documents += 1
             if not seen.add(key):
                 self.duplicates += 1
-            elif key not in self.without:
+            elif key in self.without:
+                self.held_out += 1
+            else:
                 yield text
 
 
@@ -165,7 +171,8 @@ def _documents(sources: list[Source], column: str) -> Iterator[str]:
             else:
                 empty += 1
         if empty:
-            say_once(f"{source.where}: {empty:,} of {read:,} documents are empty and were left out")
+            verbs = agreeing(empty, "is empty and was", "are empty and were")
+            say_once(f"{source.where}: {empty:,} of {counted(read, 'documents')} {verbs} left out")
 
 
 def _without_duplicates(texts: Iterable[str], dataset: str) -> dict[bytes, str]:
@@ -175,8 +182,9 @@ def _without_duplicates(texts: Iterable[str], dataset: str) -> dict[bytes, str]:
     for text in texts:
         by_key.setdefault(document_key(text), text)
         read += 1
-    if read > len(by_key):
-        say_once(f"{dataset}: {read - len(by_key):,} of {read:,} documents are duplicates and were dropped")
+    if again := read - len(by_key):
+        verbs = agreeing(again, "is a duplicate and was", "are duplicates and were")
+        say_once(f"{dataset}: {again:,} of {read:,} documents {verbs} dropped")
     return by_key
 
 
@@ -334,11 +342,23 @@ def _load(kind: formats.Kind, dataset: str, split: Split, seed: int, size: int |
             rows = _part(rows, [key(row["prompt"]) for _, row in rows], split, map(key, found.other_prompts))
         random.Random(seed).shuffle(rows)
         if len(rows) < len(found.rows):
-            notes.append(f"{len(rows):,} of {len(found.rows):,} rows are for '{split}'")
+            notes.append(f"{len(rows):,} of {len(found.rows):,} rows {agreeing(len(rows))} for '{split}'")
     if not rows:
         raise _no_rows(dataset, kind, split)
     places, kept = zip(*rows[:size], strict=True)
     return Loaded(Rows(kept) if kind == "prompts" else Dataset.from_list(list(kept)), places, notes)
+
+
+def repeated_prompts(splits: Mapping[str, Loaded], what: str) -> list[str]:
+    """A sentence for each split but the first that has prompts of the first, which happens where files are named for
+    splits; `what` the rows are: "pairs". On these rows, figures say less of new prompts."""
+    (first, seen), *others = splits.items()
+    known, notes = set(map(_whole_key, seen.rows["prompt"])), []
+    for name, loaded in others:
+        if again := sum(_whole_key(prompt) in known for prompt in loaded.rows["prompt"]):
+            repeat = agreeing(again, "repeats a prompt", "repeat prompts")
+            notes.append(f"{again:,} of {counted(len(loaded.rows), f'{name} {what}')} {repeat} of the {first} split")
+    return notes
 
 
 @dataclass
@@ -374,16 +394,20 @@ class Found:
         """Sentences for the user. Raises UserError if every row was dropped."""
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in sorted(self.dropped.items()))
         if not self.rows:
-            raise UserError(f"dataset: {dataset}: all of its {self.read:,} rows are dropped for {kind}: {reasons}")
+            rows = agreeing(self.read, "its only row is", f"all of its {self.read:,} rows are")
+            raise UserError(f"dataset: {dataset}: {rows} dropped for {kind}: {reasons}")
         form = " and ".join(name for name, _ in self.forms.most_common())
-        said = f"{dataset} ({form}): {self.read:,} rows read"
-        notes = [f"{said}, {self.dropped.total():,} rows dropped: {reasons}" if self.dropped else said]
+        said = f"{dataset} ({form}): {counted(self.read, 'rows')} read"
+        dropped = f"{counted(self.dropped.total(), 'rows')} dropped: {reasons}"
+        notes = [f"{said}, {dropped}" if self.dropped else said]
         if self.repeated:
-            notes.append(f"{dataset}: answers began with their own prompt in {self.repeated:,} rows; it was taken off")
+            where = counted(self.repeated, "rows")
+            notes.append(f"{dataset}: answers began with their own prompt in {where}; it was taken off")
         if self.contradicted:
+            where = counted(self.contradicted, "rows")
             notes.append(
-                f"{dataset}: the field 'prompt' is not in the conversation beside it in {self.contradicted:,} rows; "
-                "the conversation was used"
+                f"{dataset}: the field 'prompt' is not in the conversation beside it in {where}; the conversation was "
+                "used"
             )
         if self.unused:
             notes.append(f"{dataset}: not used: {formats.shown(self.unused)}")

@@ -14,6 +14,7 @@ import numpy as np
 from torch import nn
 
 from pipeline.errors import UserError
+from pipeline.text.counts import agreeing, counted
 
 Overlong = Literal["cut", "drop", "refuse"]
 SHARES = (50, 90, 99)  # percentiles that are told
@@ -69,12 +70,12 @@ class Fit:
     def sentence(self) -> str:
         """Rows given, used, dropped and cut."""
         given, kept = len(self.lengths), len(self.kept)
-        if given == kept and not self.cut:
+        if given == kept > 1 and not self.cut:
             return f"all {given:,} {self.what} are used"
-        parts = [f"{kept:,} of {given:,} {self.what} are used"]
-        parts += [f"{count:,} of {given:,} {_are(count)} dropped: {reason}" for reason, count in self.dropped.items()]
+        parts = [f"{kept:,} of {counted(given, self.what)} {agreeing(kept)} used"]
+        parts += [f"{n:,} of {given:,} {agreeing(n)} dropped: {reason}" for reason, n in self.dropped.items()]
         if self.cut:
-            ends = "answer loses its end" if self.cut == 1 else "answers lose their end"
+            ends = agreeing(self.cut, "answer loses its end", "answers lose their end")
             parts.append(f"{self.cut:,} of {given:,} {ends} at {self.limit_name}")
         return ", ".join(parts)
 
@@ -89,10 +90,6 @@ def percentiles(what: str, values: Sequence[int]) -> str:
     limits = np.percentile(values, SHARES, method="inverted_cdf").astype(int)
     told = [f"{share} % up to {limit:,}" for share, limit in zip(SHARES, limits, strict=True)]
     return f"{what}: {', '.join(told)}, the longest {max(values):,}"
-
-
-def _are(count: int) -> str:
-    return "is" if count == 1 else "are"
 
 
 def fit_rows(
@@ -122,7 +119,7 @@ def fit_rows(
         elif overlong == "drop" or answers is None:
             fit.dropped[f"longer than {fit.limit_name}"] += 1
         elif answers[i] >= limit:
-            fit.dropped[f"their answers begin beyond {fit.limit_name}"] += 1
+            fit.dropped[f"the answer begins beyond {fit.limit_name}"] += 1
         else:
             fit.kept.append(i)
             fit.cut += 1
@@ -140,8 +137,8 @@ def _refusal(stage: str, fit: Fit, place: str, length: int, other: str) -> str:
     longer = sum(length > (fit.limit or 0) for length in fit.lengths)
     return (
         f"{stage}: {place} has {length:,} tokens, more than {fit.limit_name} allows ({longer:,} of "
-        f"{len(fit.lengths):,} {fit.what} {_are(longer)} longer); raise max_length, shorten the rows, or set overlong "
-        f"to {other}"
+        f"{counted(len(fit.lengths), fit.what)} {agreeing(longer)} longer); raise max_length, shorten the rows, or set "
+        f"overlong to {other}"
     )
 
 
@@ -192,7 +189,7 @@ def fit_prompts(
                 f"{stage}: {place}: a prompt of {length:,} tokens and {setting} do not fit the {reader.limit:,} tokens "
                 f"that {reader.name} can read; shorten the prompt, lower {room[0]}, or set overlong to drop"
             )
-        fit.dropped[f"with {setting} they do not fit the {reader.limit:,} tokens that {reader.name} can read"] += 1
+        fit.dropped[f"longer, with {setting}, than the {reader.limit:,} tokens that {reader.name} can read"] += 1
     if not fit.kept:
         reason, count = fit.dropped.most_common(1)[0]
         raise UserError(f"{stage}: none of the {count:,} {what} is left: {reason}; lower {room[0]}, or shorten them")

@@ -22,6 +22,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pipeline.errors import UserError
+from pipeline.text.counts import agreeing, counted
 from pipeline.text.sources import is_local, one_line
 from reward_data.formats import answer_to, text_of
 
@@ -350,15 +351,16 @@ def oddities(
     ]
     if found:
         notes.append(
-            f"{len(found):,} of {len(texts):,} {what} spell out a special token in their text (first: {found[0][0]} in "
-            f"{found[0][1]}); the model reads it as the token itself"
+            f"{len(found):,} of {counted(len(texts), what)} {agreeing(len(found), 'spells', 'spell')} out a special "
+            f"token in the text (first: {found[0][0]} in {found[0][1]}); the model reads it as the token itself"
         )
     unknown = tokenizer.unk_token_id
     if unknown is not None and unknown not in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
         lost = [(row.count(unknown), place) for row, place in zip(ids, places, strict=True) if unknown in row]
         if lost:
+            tokens = sum(count for count, _ in lost)
             notes.append(
-                f"{sum(count for count, _ in lost):,} tokens in {len(lost):,} of {len(texts):,} {what} are "
+                f"{counted(tokens, 'tokens')} in {len(lost):,} of {counted(len(texts), what)} {agreeing(tokens)} "
                 f"{tokenizer.unk_token} (first: {lost[0][1]}): the tokenizer has no entry for what stood there"
             )
     return notes
