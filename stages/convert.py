@@ -3,6 +3,7 @@
 from pipeline.checkpoint import sha256_of
 from pipeline.model.foreign import changed_texts, check_gguf, find_source, odd_cut, open_source
 from pipeline.model.load import parameter_count
+from pipeline.runtime import budget
 from pipeline.runtime.arguments import ConvertArguments
 from pipeline.runtime.console import run
 from pipeline.runtime.record import Stage
@@ -16,6 +17,8 @@ def main(args: ConvertArguments) -> None:
         return
     if source.file:
         check_gguf(source)
+    if args.dry_run:
+        return budget.of_reading(stage, "of the model, which is opened in fp32 and written")
     if sentence := odd_cut(source):
         stage.say(sentence)
     model, tokenizer = open_source(source)

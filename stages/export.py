@@ -8,6 +8,7 @@ from pipeline.errors import UserError
 from pipeline.export import check, gguf_file, hub
 from pipeline.export.card import Card, card_of, render
 from pipeline.export.folder import Exported, dtype_for, last_policy, open_model, set_ends, write_folder
+from pipeline.runtime import budget
 from pipeline.runtime.arguments import ExportArguments
 from pipeline.runtime.console import run
 from pipeline.runtime.record import Stage
@@ -25,6 +26,8 @@ def main(args: ExportArguments) -> None:
     exported = open_model(path)
     dtype = dtype_for(args.to, args.dtype, exported.held)
     stage.say(f"{path} as {dtype}, {'as it is there' if dtype == exported.held else f'from {exported.held}'}")
+    if args.dry_run:
+        return budget.of_reading(stage, "of the model, which is written and then opened without our code")
     card = card_of(exported, stage.inputs["model"]["sha256"], dtype, args.license, args.repo_id)
     if args.to == "gguf":
         return write_gguf(stage, exported, card)
