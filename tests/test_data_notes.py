@@ -126,6 +126,18 @@ def test_a_column_of_one_file_is_there_in_all(tmp_path: Path) -> None:
     assert rows == {"x": True, "t": None}
 
 
+def test_a_conversation_without_a_user_has_its_side_by_all_of_it() -> None:
+    talk = [{"role": "system", "content": "Tell a story."}]
+    assert data._prompt_key(talk) == data._prompt_key("Tell a story.") != data._prompt_key(user("Tell a story") + talk)
+
+
+def test_a_generator_that_makes_no_rows_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "_generate", lambda *_, **__: iter(()))
+    with pytest.raises(UserError) as caught:
+        data.load_instructions("stories", split="test")
+    assert str(caught.value) == "dataset: stories has no instructions for the split 'test'"
+
+
 def test_a_missing_column_is_named_with_what_to_do(tmp_path: Path) -> None:
     name = folder_of(tmp_path, train_1=[{"story": "once", "id": 1}], test=[{"story": "twice"}])
     with pytest.raises(UserError) as caught:

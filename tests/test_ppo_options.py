@@ -25,6 +25,14 @@ def policy_gradients(made, rollout, **changes):
     return gradients_of(made, rollout=rollout)[0][1::2]
 
 
+def test_a_critic_without_a_rate_of_its_own_learns_at_the_policys(tmp_path):
+    for given, rate in ((None, 3e-4), (5e-3, 5e-3)):
+        made = trainer(tmp_path, learning_rate=3e-4, critic_learning_rate=given)
+        made.learner.set_learning_rates(0)
+        rates = {name: {g["rate"] for g in o.param_groups} for name, o in made.learner.optimizers.items()}
+        assert rates == {"policy": {3e-4}, "critic": {rate}}
+
+
 def flat_gradient(loss, model):
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
 
