@@ -337,8 +337,15 @@ def test_what_is_no_adapter_of_the_base_is_refused(run: Path, tmp_path: Path) ->
             critic_on(base, str(run / path))
         with pytest.raises(UserError, match=sentence):
             reward_on(base, str(run / path))
-    with pytest.raises(UserError, match=r"sft-lora is no trained reward model|sft-lora is no adapter of"):
+    with pytest.raises(UserError, match=r"sft-lora is no trained reward model: its adapter brings no head"):
         reward_on(load_policy(str(run / "pretrain")), str(run / "sft-lora"))
+    add_lora(load_policy(str(run / "sft-lora"))).save_pretrained(tmp_path / "no-head")
+    with pytest.raises(UserError, match=r"no-head is no trained reward model: its adapter brings no head `score`"):
+        reward_on(load_policy(str(run / "sft-lora")), str(tmp_path / "no-head"))
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"no model can be opened from .*damaged"):
+        critic_on(base, str(tmp_path / "damaged"))
     # Another model of the same shape: the base of the adapter is told apart by content
     other = load_policy(str(run / "pretrain"))
     with pytest.raises(

@@ -69,7 +69,9 @@ def _beside(model: Any, config: Any) -> nn.Module:
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             layer.set_adapter([*frozen, DEFAULT])
-    model.set_requires_grad(frozen, False)
+    for name, parameter in model.named_parameters():  # set_adapter has let all of them learn
+        if any(f".{adapter}." in name for adapter in frozen):
+            parameter.requires_grad_(False)
     return model.eval()
 
 

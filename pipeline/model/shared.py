@@ -49,8 +49,10 @@ def reward_on(base: PreTrainedModel, path: str) -> PreTrainedModel:
     """
     model = _classifier(base, path)
     _, head = _adapted(model, base, path)
-    if head is None:
-        raise UserError(f"{path} is no trained reward model: its adapter brings no head `score`; train one on it first")
+    if head is None or head.shape != model.score.weight.shape:
+        raise UserError(
+            f"{path} is no trained reward model: its adapter brings no head `score` with one output; train one first"
+        )
     with torch.no_grad():
         model.score.weight.copy_(head)
     return model.requires_grad_(False)
@@ -60,8 +62,11 @@ def _classifier(base: PreTrainedModel, path: str) -> Any:
     """A classifier with one output whose trunk is made of the tensors of `base`; its head holds nothing yet."""
     place, size = Path(path).expanduser(), base.config.get_text_config().vocab_size
     config: Any = copy.deepcopy(base.config)
-    if (place / "config.json").is_file():
-        config = AutoConfig.from_pretrained(str(place), trust_remote_code=False)
+    try:
+        if (place / "config.json").is_file():
+            config = AutoConfig.from_pretrained(str(place), trust_remote_code=False)
+    except Exception as error:  # the libraries raise a dozen kinds for a damaged folder
+        raise cannot_open("model", path, error) from None
     if config.model_type != base.config.model_type:
         raise _of_another(path, base, f"it is a {config.model_type}")
     config.num_labels, config.get_text_config().vocab_size = 1, size
