@@ -173,6 +173,12 @@ CONFIG = [
     Bad("a value before any field", "sft", "3 --max_steps 3", "'3' stands before any --field"),
     Bad("a field without a value", "sft", "--max_steps", "max_steps: '' is not of type int"),
     Bad("two values", "sft", "--max_steps 1 2", "max_steps: '1 2' is not of type int"),
+    Bad(
+        "processes of no dry run", "sft", "--processes 2", "processes: it says what a dry run speaks of; give --dry_run"
+    ),
+    Bad("memory of no dry run", "ppo", "--memory_gb 2", "memory_gb: it says what a dry run speaks of; give --dry_run"),
+    Bad("no memory", "sft", "--dry_run --memory_gb 0", "memory_gb: 0.0 must be above 0"),
+    Bad("two ends", "sft", "--dry_run --show 3", "dry_run and show each end the stage; give one of them"),
     Bad("no such optimizer", "sft", "--optimizer sgd", "optimizer: 'sgd' is none of 'muon', 'adamw'"),
     Bad("no such schedule", "pretrain", "--lr_scheduler_type stairs", "lr_scheduler_type: 'stairs' is none of"),
     Bad("heads do not divide", "pretrain", "--num_attention_heads 6 --num_key_value_heads 4", "must be a multiple"),

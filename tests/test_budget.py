@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import test_preview
@@ -34,6 +35,7 @@ from pipeline.model.memory import (
 from pipeline.model.optim import MuonFactory
 from pipeline.model.sampler import generate
 from pipeline.ppo.longest import longest_rollout
+from pipeline.runtime import longest
 from pipeline.runtime.arguments import (
     EvaluateArguments,
     PreferencesArguments,
@@ -298,8 +300,6 @@ def test_the_rehearsal_leaves_no_trace(ready, stage, tmp_path, monkeypatch) -> N
     given = {"run_dir": str(ready), "dataset": str(ready / f"{data}.jsonl"), "max_length": 100, "max_steps": 3}
     given |= {"logging_steps": 1, "mixed_precision": "no", "per_device_train_batch_size": 4}
     seen = []
-    import pipeline.runtime.longest as longest
-
     whole = longest.pass_over
     monkeypatch.setattr(longest, "pass_over", lambda *a, **k: seen.append(a[1]) or whole(*a, **k))
     stage.main(resolve(kind(**given, output_dir=str(tmp_path / "with"))))
@@ -313,6 +313,17 @@ def test_the_rehearsal_leaves_no_trace(ready, stage, tmp_path, monkeypatch) -> N
     lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("with", "without")]
     strip = [re.sub(r'"(time|seconds_left|memory_mb)": [\d.]+', "", text) for text in lines]
     assert strip[0] == strip[1]
+
+
+def test_the_rehearsal_draws_no_random_number_of_the_training() -> None:
+    """As dropout would."""
+    trainer = SimpleNamespace(model=nn.Linear(1, 1).eval())
+    before = torch.get_rng_state()
+    with longest._no_trace(trainer, []):
+        assert trainer.model.training
+        trainer.model(torch.rand(1)).backward()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not trainer.model.training and trainer.model.weight.grad is None
 
 
 def test_the_rehearsal_of_ppo_has_the_longest_rows_and_leaves_no_trace(tmp_path, monkeypatch) -> None:

@@ -30,9 +30,9 @@ HEADROOM = 0.9
 MB = 10**6
 
 
-GAPS = 0.3
-"""Memory that an allocator of the CPU keeps in pieces too small to use, as a share of what comes and goes, where no run
-has shown it: runs of 9 and 135 million parameters had 0.3 to 0.8 (docs/budget.md)."""
+GAPS = 0.5
+"""Memory that a CPU's allocator keeps in pieces too small to use, and libraries' buffers, as a share of what comes and
+goes, where no run has shown it: SFT of 9 million parameters had 0.5 with 32 rows and 0.6 with 8."""
 
 
 @dataclass
