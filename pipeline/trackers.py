@@ -43,9 +43,15 @@ class TrackingFields:
     """Name of this run in a tracker; none: the folders of run and stage (`stories-seed1/ppo`). Only with report_to."""
 
 
-def check_installed(report_to: Sequence[str] | None) -> None:
+def names_of(report_to: Sequence[str] | str | None) -> list[str]:
+    """The trackers that are named, each once; from Python also one name alone, and TRL's "none"."""
+    given = [report_to] if isinstance(report_to, str) else report_to or []
+    return [name for name in dict.fromkeys(given) if name != "none"]
+
+
+def check_installed(report_to: Sequence[str] | str | None) -> None:
     """Raise UserError for a tracker that is not known or not installed."""
-    for name in report_to or ():
+    for name in names_of(report_to):
         if name not in PACKAGES:
             raise UserError(f"report_to: {name!r} is none of {', '.join(PACKAGES)}")
         if not any(importlib.util.find_spec(package) for package in PACKAGES[name]):
@@ -64,7 +70,7 @@ class Trackers:
     def __init__(
         self, fields: TrackingFields, output_dir: Path, default_name: str, say: Callable[[str], None] = print
     ) -> None:
-        self.names = list(dict.fromkeys(fields.report_to or ()))
+        self.names = names_of(fields.report_to)
         self.project, self.run_name = fields.project, fields.run_name or default_name
         self.config = {
             name: value if isinstance(value, bool | int | float | str) else str(value)
@@ -138,6 +144,8 @@ class Trackers:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl; one without `step` counts for the last step."""
+        if not self._open:
+            return
         self.step = row.get("step", self.step)
         values = {name: value for name, value in flat(row).items() if name not in OWN}
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
@@ -173,7 +181,7 @@ class Trackers:
         self._each(send)
 
     def finish(self, metrics: Mapping[str, Any] | None = None) -> None:
-        """Log the final metrics and close; further calls do nothing."""
+        """Log the final metrics and close all; further calls do nothing."""
         if metrics:
             self.log({f"final/{name}": value for name, value in flat(metrics).items()})
 

@@ -19,12 +19,12 @@ from benchmarks.torture_compare import compare
 from pipeline.errors import UserError
 from pipeline.identity import may_change
 from pipeline.ppo import PPOTrainer
-from pipeline.runtime.arguments import EvaluateArguments
+from pipeline.runtime.arguments import EvaluateArguments, PreferencesArguments
 from pipeline.runtime.command_line import parse, resolve
 from pipeline.runtime.ppo_arguments import PPOArguments
 from pipeline.runtime.record import Stage
 from pipeline.text.sources import data_files
-from pipeline.trackers import TABLE_ROWS, TrackingFields, check_installed, flat, markdown
+from pipeline.trackers import TABLE_ROWS, TrackingFields, check_installed, flat, markdown, names_of
 
 MISSING = [name for name in ("trackio", "tensorboard") if importlib.util.find_spec(name) is None]
 needs_both = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (extra `trackers`)")
@@ -112,6 +112,8 @@ def test_it_is_set_as_in_trl_and_may_change_when_a_run_goes_on() -> None:
     assert parse(PPOArguments, []).report_to is None and parse(PPOArguments, ["--report_to", "none"]).report_to is None
     assert parse(PPOArguments, ["--report_to", *BOTH]).report_to == BOTH
     assert parse(EvaluateArguments, ["--report_to", "trackio", "--run_name", "a"]).run_name == "a"
+    assert names_of("tensorboard") == ["tensorboard"] and names_of("none") == names_of(None) == []
+    assert names_of(["wandb", "none", "wandb"]) == ["wandb"]
     assert all(may_change(name, stage) for name in ("report_to", "project", "run_name") for stage in ("sft", "ppo"))
 
 
@@ -257,6 +259,26 @@ def test_evaluate_reports_its_figures_and_answers(tmp_path: Path, trackio_folder
     samples = [json.loads(line) for line in (run / "evaluate/samples.jsonl").read_text().splitlines()]
     assert logged["answers"]["_value"] == samples
     assert scalars(run / "evaluate/trackers/tensorboard")["answers"][0][1].count("\n") == 1 + len(samples)
+
+
+@needs_both
+def test_preferences_reports_pairs_and_counts(tmp_path: Path, trackio_folder: Path, no_network: None) -> None:
+    from stages.preferences import main
+
+    rows = [{"prompt": f"Add {i}:", "chosen": f" {i}", "rejected": " no"} for i in range(8)]
+    (tmp_path / "data").mkdir()
+    for name, part in (("train", rows[:6]), ("test", rows[6:])):
+        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    tracked = {"report_to": BOTH, "project": "preferences", "run_name": "p"}
+    given = {"run_dir": str(tmp_path / "run"), "dataset": str(tmp_path / "data"), "labeller": "human"}
+    main(resolve(PreferencesArguments(**given, **tracked)))  # type: ignore[arg-type]
+    logged: dict[str, Any] = {}
+    for row in trackio_rows("preferences", "p"):
+        logged |= row
+    key = "prompt"
+    assert sorted(logged["pairs"]["_value"], key=lambda row: row[key]) == sorted(rows[:6], key=lambda row: row[key])
+    assert (logged["final/pairs"], logged["final/test_pairs"]) == (6, 2)
+    assert scalars(tmp_path / "run/preferences/trackers/tensorboard")["final/pairs"] == [(0, 6.0)]
 
 
 # ---- a whole stage, as a process ------------------------------------------------------------------------------------

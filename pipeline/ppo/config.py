@@ -49,7 +49,8 @@ class PPOConfig(TrackingFields):
     temperature: Positive = 1.0
     """Sampling temperature; every log-probability is taken of logits / temperature."""
     eval_temperature: NotNegative | None = None
-    """Temperature of the held-out answers; 0 always takes the likeliest token; none: that of the training answers."""
+    """Temperature of the held-out answers; 0 always takes the likeliest token, and eval/kl is then the log-ratio of
+    these answers, no mean over what the policy would say; none: that of the training answers."""
     normalize_scores: bool = False
     """Take from each score the mean of all scores so far and divide it by their standard deviation."""
     score_clip: Positive | None = None
