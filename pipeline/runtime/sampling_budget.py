@@ -49,7 +49,8 @@ def sampling_lines(
 ) -> tuple[Line, Line]:
     """The cache of `generate`, and all that it takes beside the weights, by answers at a time.
 
-    Seen with one and two of the first prompts and a few tokens; the cache of the tokens that follow is counted.
+    Seen with two and four of the first prompts (one alone is sampled in another way) and a few tokens; the cache of the
+    tokens that follow is counted.
     """
     few = min(max_new_tokens, SEEN_TOKENS)
     options: dict[str, Any] = {"max_new_tokens": few, "temperature": 1.0, "eos_token_id": [-1], "pad_token_id": 0}
@@ -59,7 +60,7 @@ def sampling_lines(
         generator = torch.Generator().manual_seed(0)
         return peak_of(lambda: generate(chosen, generator=generator, **options), model.device)
 
-    line = Line.through((1, taken_by(1)), (2, taken_by(2)))
+    line = Line.through((2, taken_by(2)), (4, taken_by(4)))
     cache = cache_bytes(model, len(prompts[0]) + max_new_tokens)
     return Line(row=cache), Line(line.fixed, line.row + cache_bytes(model, max_new_tokens - few))
 
