@@ -77,10 +77,8 @@ class Memory:
         if self.seen is None:
             return counted + self.gaps * self.passing(rows)
         rest = self.seen - sum(self.parts(self.rows).values()) + self.buckets  # they were not there
-        if rest > 0 and self.passing(self.rows):
-            return counted + rest * self.passing(rows) / self.passing(self.rows)
         # Below 0 where gradients came while activations went; not so where they stay
-        return counted + (0.0 if accumulates and not self.accumulates else rest)
+        return counted + (0.0 if rest < 0 and accumulates and not self.accumulates else rest)
 
     def lines(self, rows: int, accumulates: bool) -> list[str]:
         """A table, in MB, whose parts add up to the peak."""
