@@ -12,6 +12,7 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
 from pipeline.ppo import PPOConfig
+from pipeline.runtime.arguments import RewardArguments, SFTArguments
 from pipeline.runtime.ppo_arguments import PPOArguments
 
 PAGE = (ROOT / "docs" / "coming_from_trl.md").read_text(encoding="utf-8")
@@ -40,7 +41,8 @@ def test_fields_on_the_page_exist() -> None:
     assert len(ours) > 30
     assert ours <= {field.name for field in dataclasses.fields(PPOConfig)}
     options = set(re.findall(r"--([a-z_]+)", PAGE)) - {"help", "config"}
-    assert options <= {field.name for field in dataclasses.fields(PPOArguments)}
+    stages = (SFTArguments, RewardArguments, PPOArguments)
+    assert options <= {field.name for stage in stages for field in dataclasses.fields(stage)}
 
 
 @pytest.mark.slow

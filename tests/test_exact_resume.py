@@ -278,8 +278,9 @@ def test_two_processes_stop_together_go_on_alike_and_log_what_one_does(run: Path
     assert kept and fault_of(Path(kept[1])) is None and said.count("stopped by") == 1
     assert not (tmp_path / "stopped/stage.json").exists()
     assert finished(tmp_path / "stopped", 2, launch) | {"checkpoints": 0} == two | {"checkpoints": 0}
-    # The same rows make each step. The first loss differs in its last bit, and each step makes more of that.
+    # The same rows make each step. The first loss differs in its last bit, and each step makes more of that: on an AMD
+    # CPU the mean of the first line is within 3e-5, on an Intel one with AMX 2e-4 was seen.
     for name in ("loss", "val_loss"):
         losses = [[line[name] for line in left["lines"] if name in line] for left in (one, two)]
-        assert losses[0][0] == pytest.approx(losses[1][0], rel=3e-5)
+        assert losses[0][0] == pytest.approx(losses[1][0], rel=5e-4)
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)

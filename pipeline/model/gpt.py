@@ -4,9 +4,8 @@ The architecture is that of the Llama family: the decoder of "Attention Is All Y
 (1910.07467) before each part instead of LayerNorm after it, rotary positions (RoFormer, 2104.09864), grouped key/value
 heads (GQA, 2305.13245) and a gated MLP (SwiGLU, 2002.05202). Its members differ in two things, which the config says:
 Qwen2 (2407.10671) adds biases to queries, keys and values, Qwen3 (2505.09388) RMSNorm on queries and keys (QK-norm,
-2302.05442); Llama (2302.13971), SmolLM2 and Mistral have neither. A GPT from random weights here is a Qwen3. Config
-classes and weight names are the stock ones, so a folder saved here *is* a stock checkpoint of its type and a stock one
-opens here; tests/test_family.py holds logits and gradients equal.
+2302.05442); Llama (2302.13971), SmolLM2 and Mistral have neither. A GPT from random weights is a Qwen3. Configs and
+names are stock, so a folder saved here *is* a stock checkpoint and a stock one opens here (tests/test_family.py).
 
 Shapes: B batch, T tokens, D hidden, H query heads, G key/value heads (H a multiple of G), K head size, V vocabulary.
 """
@@ -50,7 +49,7 @@ class RMSNorm(nn.Module):
 def rotary_angles(positions: Tensor, config: Any) -> tuple[Tensor, Tensor]:
     """cos and sin of position · θ^(−2i/K) (2104.09864, eq. 15): positions (1 or B, T) → two (1 or B, T, 1, K/2), fp32.
 
-    Computed at each forward, once for all layers: a non-persistent buffer would hold garbage after `from_pretrained`.
+    Computed at each forward: a non-persistent buffer would hold garbage after `from_pretrained`.
     """
     size = head_size(config)
     exponents = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size
@@ -70,9 +69,9 @@ def attention_bias(
 ) -> Tensor | None:
     """What is added to the attention scores, (B, 1, T, past + T) of 0 and −inf; None if plain causal masking is exact.
 
-    Plain causal masking serves no padding at all and padding on the right: no real token comes after a pad. Left
-    padding and documents packed into one row (position_ids that start again, no attention_mask, as TRL packs them)
-    need the explicit mask. `attention_mask` is (B, past + T) with 1 for real tokens, or a ready 4-D mask.
+    Plain causal masking serves no padding and padding on the right. Left padding and documents packed into one row
+    (position_ids that start again, no attention_mask, as TRL packs them) need the explicit mask. `attention_mask` is
+    (B, past + T) with 1 for real tokens, or a ready 4-D mask.
     """
     if attention_mask is not None and attention_mask.dim() == 4:
         return attention_mask
@@ -187,6 +186,10 @@ class GPTPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     stock_suffix = "Model"
 
+    @property
+    def stock_architecture(self) -> str:
+        return FAMILY[self.config.model_type] + self.stock_suffix
+
     def __init__(self, config: PreTrainedConfig):
         if reason := why_not_ours(config):
             raise ValueError(f"this GPT does not compute {reason}; open the model through transformers' Auto classes")
@@ -196,7 +199,7 @@ class GPTPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, path: str | PathLike, *args, config: Any = None, **kwargs) -> Self:  # type: ignore[override]
         """As transformers opens a model; the folder's config says which member of the family it is."""
         if config is None:
-            labels = {name: kwargs.pop(name) for name in ("num_labels",) if name in kwargs}
+            labels = {"num_labels": kwargs.pop("num_labels")} if "num_labels" in kwargs else {}
             config = AutoConfig.from_pretrained(path, trust_remote_code=False, **labels)
         return super().from_pretrained(path, *args, config=config, **kwargs)
 
@@ -217,8 +220,7 @@ class GPTPreTrainedModel(PreTrainedModel):
         path = Path(save_directory) / "config.json"
         if is_main_process and path.exists():
             config = json.loads(path.read_text())
-            stock = FAMILY[self.config.model_type] + self.stock_suffix
-            path.write_text(json.dumps(config | {"architectures": [stock]}, indent=2) + "\n")
+            path.write_text(json.dumps(config | {"architectures": [self.stock_architecture]}, indent=2) + "\n")
 
 
 class GPTModel(GPTPreTrainedModel):
@@ -244,9 +246,9 @@ class GPTModel(GPTPreTrainedModel):
     ) -> outputs.BaseModelOutputWithPast:
         """input_ids (B, T) long → .last_hidden_state (B, T, D).
 
-        attention_mask (B, T) is 1 for real tokens (None: all); position_ids (1 or B, T) default to 0, 1, 2, … in
-        every row. `past_key_values` is a transformers Cache, for its `generate`. Of `keep` (B, T) bool only those
-        places are wanted: .last_hidden_state is then (N, D), row by row, and the last MLP runs on them alone.
+        attention_mask (B, T) is 1 for real tokens (None: all); position_ids (1 or B, T) default to 0, 1, 2, …
+        `past_key_values` is a transformers Cache. Of `keep` (B, T) bool only those places are wanted:
+        .last_hidden_state is then (N, D), row by row, and the last MLP runs on them alone.
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -258,8 +260,7 @@ class GPTModel(GPTPreTrainedModel):
             last = number == len(self.layers)
             x = block(x, angles, bias, past_key_values=past_key_values, keep=keep if last else None)
         states = self.norm(x)
-        if keep is not None:
-            states = states[0] if self.layers else states[keep]
+        states = states if keep is None else states[0] if self.layers else states[keep]
         return outputs.BaseModelOutputWithPast(last_hidden_state=states, past_key_values=past_key_values)
 
 
@@ -289,9 +290,8 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
     ) -> outputs.CausalLMOutputWithPast:
         """Logits (B, T, V), and the mean cross-entropy of labels (B, T) (−100 = ignored) where they are given.
 
-        The loss is divided by `num_items_in_batch` (Trainer's count over accumulated batches) instead of the number of
-        its own labels if that is given. While training with labels, logits are None: the loss needs them only in
-        chunks.
+        The loss is divided by `num_items_in_batch` (Trainer's count over accumulated batches), else by the number of
+        labels. While training with labels, logits are None: the loss needs them only in chunks.
         """
         hidden = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds).last_hidden_state
         logits = loss = None
