@@ -161,7 +161,7 @@ $(VENV)/.ready-smollm2: requirements-smollm2.txt | $(VENV)/.ready
 test: | $(READY) ## all tests
 	@pytest $(ARGS)
 
-test-fast: | $(READY) ## the fast tests: under three minutes on one core
+test-fast: | $(READY) ## the fast tests: five minutes on one core
 	@pytest -m "not slow" $(ARGS)
 
 coverage: | $(READY) ## all tests, and the share of lines that they run
