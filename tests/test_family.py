@@ -42,7 +42,10 @@ MEMBERS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "Qwen2": (Qwen2Config, {}),
     "Qwen2.5, not tied": (Qwen2Config, {"tie_word_embeddings": False, "num_key_value_heads": 1}),
     "Qwen3": (Qwen3Config, {"head_dim": 16}),
-    "Qwen3 with biases": (Qwen3Config, {"head_dim": 16, "attention_bias": True, "num_key_value_heads": 4}),
+    "Qwen3 with biases": (
+        Qwen3Config,
+        {"head_dim": 16, "attention_bias": True, "num_key_value_heads": 4, "tie_word_embeddings": False},
+    ),
 }
 SMALL = {
     "vocab_size": VOCABULARY,
