@@ -71,6 +71,16 @@ def write_jsonl(path: Path, rows: Iterable[object]) -> None:
         stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def move_into(beside: Path, folder: Path) -> None:
+    """Move all that is in the folder `beside` into `folder`, over what has the same name there."""
+    for path in sorted(beside.iterdir()):
+        place = folder / path.name
+        if place.is_dir():
+            shutil.rmtree(place)
+        path.replace(place)
+    beside.rmdir()
+
+
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 

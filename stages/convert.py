@@ -1,5 +1,7 @@
 """Turn a model from elsewhere into a stock folder: `python -m stages.convert --config configs/smollm2/convert.yaml`."""
 
+from pathlib import Path
+
 from pipeline.checkpoint import sha256_of
 from pipeline.model.foreign import changed_texts, check_gguf, find_source, odd_cut, open_source
 from pipeline.model.load import parameter_count
@@ -24,9 +26,13 @@ def main(args: ConvertArguments) -> None:
     model, tokenizer = open_source(source)
     if changed := changed_texts(tokenizer):
         stage.say(f"warning: the tokenizer does not give {len(changed)} odd texts back, such as {changed[0]!r}")
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
     stage.begin()
-    model.save_pretrained(stage.output_dir)
-    tokenizer.save_pretrained(stage.output_dir)
+    stage.write_model(write)
     ends = model.generation_config.eos_token_id
     stage.finish(
         {

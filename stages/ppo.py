@@ -1,7 +1,6 @@
 """Optimise the policy with PPO: `python -m stages.ppo --config configs/stories/ppo.yaml`."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -81,7 +80,7 @@ def main(args: PPOArguments) -> None:
         return of_ppo(stage, trainer, [reward.model for reward in models_of(rewards)])
     with signals.deferred():  # the trainer looks at them between updates
         metrics = trainer.train()
-    trainer.save_model(Path(args.output_dir))
+    stage.write_model(trainer.save_model)
     stage.finish(metrics, tokens=trainer.state.tokens)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from pipeline import checkpoint
 from pipeline.checkpoint import save_checkpoint, seal
 from pipeline.errors import NothingToDo, UserError
 from pipeline.identity import differences, may_change
+from pipeline.lock import release
 from pipeline.runtime.arguments import EvaluateArguments, PretrainArguments, SFTArguments
 from pipeline.runtime.command_line import resolve
 from pipeline.runtime.console import run as run_stage
@@ -153,6 +155,34 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again_in_place
     ]
     assert steps(tmp_path / "sft") == [] and not (tmp_path / "sft.old-1").exists()
     assert sorted(contents(tmp_path / "sft")) == ["checkpoints/identity.json", "metrics.jsonl"], "halves are gone"
+
+
+def test_a_model_that_was_cut_off_while_it_was_written_leaves_nothing(tmp_path: Path) -> None:
+    """safetensors writes `.tmpQMqQc2` and renames it; killed in between, that file stays (a kill of make torture)."""
+
+    def killed(folder: Path) -> None:
+        (folder / "adapter").mkdir(parents=True)
+        (folder / ".tmpQMqQc2").write_text("half")
+        raise KeyboardInterrupt
+
+    def whole(folder: Path) -> None:
+        (folder / "adapter").mkdir(parents=True)
+        for name in ("adapter/config.json", "config.json", "model.safetensors"):
+            (folder / name).write_text("new")
+
+    def write(by: Callable[[Path], None]) -> None:
+        stage = Stage(arguments(tmp_path), "sft", {})
+        stage.begin()
+        stage.write_model(by)
+        release(stage.output_dir)
+
+    with pytest.raises(KeyboardInterrupt):
+        write(killed)
+    release(tmp_path / "sft")
+    for _ in range(2):  # also over what a run that was killed before it said that it was finished has moved
+        write(whole)
+    names = ["adapter/config.json", "checkpoints/identity.json", "config.json", "metrics.jsonl", "model.safetensors"]
+    assert sorted(contents(tmp_path / "sft")) == names
 
 
 def test_what_only_shows_rows_neither_writes_nor_locks_nor_is_refused(tmp_path: Path) -> None:

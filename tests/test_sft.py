@@ -223,6 +223,41 @@ def test_max_length_beyond_the_models_positions_is_refused(tmp_path: Path) -> No
     assert not (tmp_path / "sft" / "metrics.jsonl").exists()
 
 
+# ---- the loss ------------------------------------------------------------------------------------------------------
+
+
+def test_only_places_that_are_trained_on_reach_the_output_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CPU TRL gives it all of them; loss and gradients are the same."""
+    tokenizer = tiny_tokenizer()
+    args = resolve(SFTArguments(run_dir=str(tmp_path), mixed_precision="no"))
+    rows = [{"prompt": [USER], "completion": [{**ANSWER, "content": text}]} for text in TEXTS[:3]]
+    data = sft.prepare(args, tokenizer, loaded(rows), "training rows").rows
+    stage, found, scored = Stage(args, "sft", {}), [], []
+    function = sft.trl_utils._ChunkedLogProbFunction
+
+    class Counted(function):
+        @classmethod
+        def apply(cls, hidden: torch.Tensor, *rest: object) -> object:
+            scored.append(len(hidden))
+            return function.apply(hidden, *rest)
+
+    monkeypatch.setattr(sft.trl_utils, "_ChunkedLogProbFunction", Counted)
+    for everywhere in (False, True):
+        if everywhere:
+            monkeypatch.setattr(sft.trl_utils, "_use_triton", lambda device: False)
+        model = tiny_policy(0).train()
+        trainer = sft.build_trainer(args, stage, model, tokenizer, data, data)
+        batch = trainer.data_collator(list(data))
+        loss = trainer.compute_loss(model, batch)
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    places = batch["labels"][:, 1:]
+    assert scored == [int((places != -100).sum()), places.numel()]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
 # ---- figures --------------------------------------------------------------------------------------------------------
 
 

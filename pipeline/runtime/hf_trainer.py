@@ -340,11 +340,15 @@ def save_model(trainer: Trainer, stage: Stage) -> None:
     """Write the stock folder (weights, config, generation_config, tokenizer), also when the weights are sharded; with
     LoRA merged, and the adapter beside it."""
     model, tokenizer = cast(nn.Module, trainer.model), cast(Any, trainer.processing_class)
-    if not is_lora(model):
-        trainer.save_model(str(stage.output_dir))
-    elif stage.is_main:
-        save_whole(model, stage.output_dir)
-        tokenizer.save_pretrained(stage.output_dir)
-    if stage.is_main:
-        (stage.output_dir / "training_args.bin").unlink(missing_ok=True)  # a pickle; stage.json has the settings
-    trainer.accelerator.wait_for_everyone()
+
+    def write(folder: Path) -> None:
+        if not is_lora(model):
+            trainer.save_model(str(folder))
+        elif stage.is_main:
+            save_whole(model, folder)
+            tokenizer.save_pretrained(folder)
+        if stage.is_main:
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; stage.json has the settings
+        trainer.accelerator.wait_for_everyone()
+
+    stage.write_model(write)

@@ -27,7 +27,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, set_seed
 from rich.markup import escape
 
-from pipeline.checkpoint import METRICS, write_json
+from pipeline.checkpoint import METRICS, PARTIAL, move_into, write_json
 from pipeline.errors import NothingToDo, UserError
 from pipeline.lock import hold, release
 from pipeline.model.hardware import keep_freed_memory, use_bf16
@@ -186,6 +186,15 @@ class Stage:
         if self.is_main:
             self.begin()
             self.trackers.table(name, rows, step)
+
+    def write_model(self, write: Callable[[Path], None]) -> None:
+        """Let `write(folder)`, which all processes call and leave together, fill a folder beside, and move what is in
+        it into the stage's own. A kill leaves nothing but that folder, which goes when the run goes on: safetensors
+        writes files of other names first."""
+        beside = self.output_dir / f"model{PARTIAL}"
+        write(beside)
+        if self.is_main:
+            move_into(beside, self.output_dir)
 
     def finish(self, metrics: dict[str, Any], tokens: int | None = None) -> None:
         """Write stage.json, last of all: it marks the folder as complete."""
