@@ -215,6 +215,16 @@ def test_bf16_autocast_on_cpu(model):
     torch.testing.assert_close(full.logprobs[:, 0][first[:, 0]], half.logprobs[:, 0][first[:, 0]], rtol=0, atol=0.1)
 
 
+def test_a_single_prompt_on_cpu_runs_in_the_precision_of_the_weights(model):
+    settings = {"max_new_tokens": 8, "eos_token_id": END}
+    full = generate(model, prompts(1), pad_token_id=PAD, generator=seeded(), **settings)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = generate(model, prompts(1), pad_token_id=PAD, generator=seeded(), **settings)
+        streamed = list(stream(model, prompts(1)[0], generator=seeded(), **settings))
+    assert torch.equal(full.logprobs, half.logprobs)
+    assert responses(full)[0] == responses(half)[0] == streamed
+
+
 def test_another_architecture_goes_through_transformers(model):
     torch.manual_seed(0)
     other = GPT2LMHeadModel(

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.model.family import head_size
+from pipeline.model.fast_cpu import pair_up
 from pipeline.model.gpt import Block, GPTForCausalLM, RMSNorm, rotary_angles
 
 BLOCK = 32  # slots that the cache on CPU grows by: fewer are copied too often, more are read while empty
@@ -38,8 +39,8 @@ class Decoder:
         config, device = model.config, model.device
         self.heads, self.size = config.num_attention_heads, head_size(config)
         self.groups = config.num_key_value_heads or self.heads
-        self.eps, self.device, self.dtype = config.rms_norm_eps, device, compute_dtype(model)
         self.layers, self.ends = fused or fuse(model, rows)
+        self.eps, self.device, self.dtype = config.rms_norm_eps, device, self.ends["head"].dtype
         # fp32 on CPU, where attention is faster in it
         self.cache_dtype = torch.float32 if device.type == "cpu" else self.dtype
         angles = rotary_angles(torch.arange(slots, device=device)[None], config)
@@ -188,9 +189,10 @@ class Decoder:
 # Weights
 
 
-def compute_dtype(model: GPTForCausalLM) -> torch.dtype:
-    """Of the matrix products: autocast's, else the weights'."""
-    if torch.is_autocast_enabled(model.device.type):
+def compute_dtype(model: GPTForCausalLM, rows: int) -> torch.dtype:
+    """Of the matrix products: autocast's, else the weights'. On CPU one row is computed in the weights' own: to cast
+    SmolLM2 takes as long as 80 tokens save, and a chat has a call for each answer."""
+    if torch.is_autocast_enabled(model.device.type) and (captures(model.device) or rows > 1):
         return torch.get_autocast_dtype(model.device.type)
     return model.model.embed_tokens.weight.dtype
 
@@ -200,7 +202,7 @@ def fuse(model: GPTForCausalLM, rows: int) -> Fused:
 
     On CPU they are meant for one call: what needs no other form is not copied.
     """
-    dtype, copy = compute_dtype(model), captures(model.device)
+    dtype, copy = compute_dtype(model, rows), captures(model.device)
 
     def made(weight: Tensor) -> Tensor:
         return prepacked(weight.detach().to(dtype, copy=copy), rows)
@@ -210,7 +212,7 @@ def fuse(model: GPTForCausalLM, rows: int) -> Fused:
         "norm": model.model.norm.weight.detach().to(torch.float32, copy=True),
         "head": made(model.lm_head.weight),
     }
-    blocks = (fuse_block(cast(Block, block)) for block in model.model.layers)
+    blocks = (fuse_block(cast(Block, block), dtype) for block in model.model.layers)
     return [{name: made(w) for name, w in matrices.items()} | norms for matrices, norms in blocks], ends
 
 
@@ -235,39 +237,43 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def fuse_block(block: Block) -> tuple[Weights, Weights]:
-    """The block's matrices and biases, those that read the same input joined, and its norms in fp32."""
+def fuse_block(block: Block, dtype: torch.dtype) -> tuple[Weights, Weights]:
+    """The block's matrices and biases, those that read the same input joined in `dtype`, and its norms in fp32."""
     attention, mlp, size = block.self_attn, block.mlp, block.self_attn.head_dim
-    # Rotary pairs (i, i + K/2) are moved side by side, in queries and keys alike, which changes no score: then one
-    # complex product turns them all
-    pairs = torch.arange(size, device=attention.q_proj.weight.device).view(2, -1).T.flatten()
     # 1/√K goes into the queries' norm weight, else into their matrix and bias
     q_norm, k_norm, root = attention.q_norm, attention.k_norm, size**-0.5
     normed = isinstance(q_norm, RMSNorm)
 
-    def joined(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k = (part.unflatten(0, (-1, size))[:, pairs].flatten(0, 1) for part in (q, k))
-        return torch.cat((q if normed else q * root, k, v))
+    def joined(*parts: Tensor) -> Tensor:
+        whole = torch.empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=dtype, device=parts[0].device)
+        for place, part in zip(whole.split([len(part) for part in parts]), parts, strict=True):
+            place.copy_(part.detach())  # and cast on the way: to join in fp32 first takes three times as long
+        return whole
+
+    def turned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # Rotary pairs side by side, so that one complex product turns them all
+        q, k = (pair_up(part.detach(), size) for part in (q, k))
+        return joined(q if normed else q * root, k, v)
 
     linears = (attention.q_proj, attention.k_proj, attention.v_proj)
     fused = {
-        "qkv": joined(*(part.weight.detach() for part in linears)),
+        "qkv": turned(*(part.weight for part in linears)),
         "out": attention.o_proj.weight,
-        "gate_up": torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)),
+        "gate_up": joined(mlp.gate_proj.weight, mlp.up_proj.weight),
         "down": mlp.down_proj.weight,
     }
     if attention.q_proj.bias is not None:
-        fused["qkv_bias"] = joined(*(part.bias.detach() for part in linears))
+        fused["qkv_bias"] = turned(*(part.bias for part in linears))
     if attention.o_proj.bias is not None:
         fused["out_bias"] = attention.o_proj.bias
     if mlp.down_proj.bias is not None:
-        fused["gate_up_bias"] = torch.cat((mlp.gate_proj.bias, mlp.up_proj.bias))
+        fused["gate_up_bias"] = joined(mlp.gate_proj.bias, mlp.up_proj.bias)
         fused["down_bias"] = mlp.down_proj.bias
     norms: Weights = {"norm_1": block.input_layernorm.weight, "norm_2": block.post_attention_layernorm.weight}
     if isinstance(q_norm, RMSNorm) and isinstance(k_norm, RMSNorm):
         heads, groups = (part.out_features // size for part in linears[:2])
-        turned = q_norm.weight[pairs] * root, k_norm.weight[pairs]
-        norms["qk_norm"] = torch.cat((turned[0].expand(heads, -1), turned[1].expand(groups, -1)))
+        scales = pair_up(q_norm.weight, size) * root, pair_up(k_norm.weight, size)
+        norms["qk_norm"] = torch.cat((scales[0].expand(heads, -1), scales[1].expand(groups, -1)))
     # Detached: F.rms_norm takes a slow composed form for a weight with a gradient, even in inference mode
     return fused, {name: weight.detach().to(torch.float32, copy=True) for name, weight in norms.items()}
 
@@ -298,7 +304,7 @@ def borrowed(model: GPTForCausalLM, rows: int, slots: int, fused: Fused | None =
         yield decoder
         return
     kept = _kept.setdefault(model, {})
-    shape = (rows, -(-slots // BLOCK) * BLOCK, compute_dtype(model))
+    shape = (rows, -(-slots // BLOCK) * BLOCK, compute_dtype(model, rows))
     with torch.inference_mode():
         if shape in kept:
             decoder = kept.pop(shape)  # not in the store while in use: two streams must not share one

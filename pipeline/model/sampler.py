@@ -110,8 +110,9 @@ def generate(
     """Sample a response to each prompt (lists of token ids of any lengths); temperature 0 is greedy.
 
     The same generator state gives the same result whatever `batch_size` (rows at a time, all at once if None), up to
-    rounding. Under bf16 autocast on CPU the matrix products run in bf16, the logits and softmax in fp32. Raises
-    UserError for an empty prompt, one too long for the model's positions, or impossible sampling parameters.
+    rounding. Under bf16 autocast the matrix products run in bf16, the logits and softmax in fp32; those of a single
+    prompt on CPU run in the weights' precision, which is no slower. Raises UserError for an empty prompt, one too long
+    for the model's positions, or impossible sampling parameters.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p)
     _check_lengths(model, prompts, max_new_tokens)
