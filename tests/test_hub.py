@@ -124,13 +124,6 @@ def test_a_question_is_asked_with_its_instruction_and_its_answer_goes_to_the_rew
     assert taught["completion"][0]["content"].rpartition("#### ")[2].isdigit()
 
 
-def test_a_suffix_of_text_and_of_a_conversation(tmp_path: Path) -> None:
-    where = write(tmp_path / "text", train=[{"prompt": f"Add {i}:"} for i in range(3)], test=[{"prompt": "Add 9:"}])
-    assert {row["prompt"] for row in load_prompts(where, split="ppo", suffix=" now").rows} == {
-        f"Add {i}: now" for i in range(3)
-    }
-
-
 # ---- options that the recipes needed --------------------------------------------------------------------------------
 
 

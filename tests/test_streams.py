@@ -107,10 +107,12 @@ def test_a_stream_counts_documents_and_duplicates_of_this_iteration(tmp_path: Pa
         assert len(set(pass_of(stream, 10))) == 10
         assert (stream.documents, stream.duplicates) == (15, 5), "those of the iteration before do not count"
         assert stream.held_out == 0
-    stream.without = {data.document_key("document 3")}
+    stream.without = {data.document_key(f"document {i}") for i in (3, 4)}
+    rest = {f"document {i}" for i in range(10)} - {"document 3", "document 4"}
     for _ in range(2):
-        assert "document 3" not in pass_of(stream, 9)
-        assert (stream.documents, stream.duplicates, stream.held_out) == (15, 5, 1)
+        assert set(pass_of(stream, 8)) == rest
+        assert (stream.documents, stream.duplicates, stream.held_out) == (15, 5, 2)
+    assert set(data.load_texts(str(tmp_path), split="train", streaming=True, without=stream.without)) == rest
 
 
 def test_the_key_of_a_document_never_changes() -> None:
