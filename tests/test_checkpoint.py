@@ -213,3 +213,15 @@ def test_two_checkpoints_up_to_the_step_are_kept(tmp_path: Path) -> None:
         (tmp_path / f"step-0000000{step}").mkdir()
     prune(tmp_path, 3)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-0000000{step}" for step in (2, 3, 4)]
+
+
+def test_a_folder_beside_is_moved_over_what_was_there(tmp_path: Path) -> None:
+    folder, beside = tmp_path / "stage", tmp_path / "stage" / "model.partial"
+    for place, names in ((folder, ("config.json", "adapter/old", "kept")), (beside, ("config.json", "adapter/new"))):
+        for name in names:
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_text(place.name)
+    checkpoint.move_into(beside, folder)
+    files = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    assert files == {"config.json": "model.partial", "adapter/new": "model.partial", "kept": "stage"}
+    assert not beside.exists()
