@@ -36,9 +36,10 @@ from pipeline.text.tokenizer import (
 )
 from reward_data.formats import text_of
 
-# TRL's output layer leaves out what is not trained on where it has Triton alone, as other devices may have to compile
-# anew for each number of places. A CPU has not: a step takes 0.7 to 0.9 of the time (LOG.md), its numbers are the same.
-trl_utils._use_triton = lambda device: True
+# TRL's output layer leaves out what is not trained on only where it has Triton, as other devices may have to compile
+# anew for each number of places. A CPU has not: a step takes 0.8 to 0.9 of the time (LOG.md), its numbers are the same.
+_has_triton = trl_utils._use_triton
+trl_utils._use_triton = lambda device: device.type == "cpu" or _has_triton(device)
 
 
 def main(args: SFTArguments) -> None:
