@@ -24,6 +24,7 @@ from pipeline.model.gpt import GPTForSequenceClassification
 from pipeline.model.lora import add_lora
 from pipeline.model.memory import (
     Line,
+    Passed,
     gradient_bytes,
     is_out_of_memory,
     measured,
@@ -35,7 +36,7 @@ from pipeline.model.memory import (
 from pipeline.model.optim import MuonFactory
 from pipeline.model.sampler import generate
 from pipeline.ppo.longest import longest_rollout
-from pipeline.runtime import longest
+from pipeline.runtime import longest, trainer_budget
 from pipeline.runtime.arguments import (
     EvaluateArguments,
     PreferencesArguments,
@@ -163,6 +164,24 @@ def test_the_proposal_by_hand() -> None:
     assert "Not even one row" in proposal(memory, Machine(1, 115 * MB, "115 MB"), 64)
     assert "fits barely" in proposal(memory, Machine(1, 190 * MB, ""), 64)
     assert "does not fit" in proposal(memory, Machine(1, 170 * MB, ""), 64)
+
+
+def test_a_larger_micro_batch_is_counted_in_a_pass_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 rows take less than the line said, so 32 are tried, which do not fit; neither is tried twice."""
+    memory = Memory(8, {"weights": 100 * MB}, Line(row=4 * MB), Line(row=10 * MB), seen=180 * MB)
+    sizes, tried = {16: Passed(50 * MB, 100 * MB), 32: Passed(60 * MB, 190 * MB)}, list[int]()
+
+    def passed(_: object, rows: int) -> Passed:
+        tried.append(rows)
+        return sizes[rows]
+
+    monkeypatch.setattr(trainer_budget, "passed", passed)
+    trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu")))
+    trainer_budget.count_what_is_proposed(trainer, memory, Machine(1, 300 * MB, ""), 32)
+    assert tried == [16, 32] and fitting(memory, 300 * MB, 32) == 16
+    assert memory.peak(8, True) == 180 * MB and memory.peak(32, False) == pytest.approx(290 * MB)
+    trainer_budget.count_what_is_proposed(trainer, memory, Machine(1, 10**18, ""), 10**6)  # no room here for so many
+    assert tried == [16, 32]
 
 
 def test_what_was_seen_counts_and_its_gaps_stay() -> None:
@@ -492,6 +511,7 @@ def test_another_micro_batch_is_foretold_from_what_was_seen(shapes: Path, tmp_pa
     said, code, real = stage_process("sft", *words, "--per_device_train_batch_size", 32)
     assert code == 0, said[-2000:]
     assert float(found[1].replace(",", "")) == pytest.approx(real, rel=0.2)
+    print(f"ten, 32 rows from 8: {found[1]} MB foretold, {real:,.0f} MB real")
 
 
 LIMITED = """

@@ -23,11 +23,13 @@ from pipeline.model.memory import (
 )
 from pipeline.runtime.budget import (
     GAPS,
+    HEADROOM,
     STEPS,
     Machine,
     Memory,
     clock,
     config_of,
+    fitting,
     fixed_parts,
     peak_so_far,
     print_memory,
@@ -53,6 +55,7 @@ def of_trainer(stage: Stage, trainer: Trainer, head: bool = True) -> None:
     memory = counted(trainer, head)
     per_row, longest = row_lengths(trainer)
     timed = run_steps(trainer, memory, available(args.device))
+    count_what_is_proposed(trainer, memory, machine, rows_of_step // machine.processes)
     tokens = per_row * rows_of_step * args.max_steps
     flops = tokens * training_flops(model, longest, head)
     said = [
@@ -85,6 +88,21 @@ def counted(trainer: Any, head: bool) -> Memory:
         accumulates=args.gradient_accumulation_steps > 1,
         gaps=0.0 if args.device.type == "cuda" else GAPS,
     )
+
+
+def count_what_is_proposed(trainer: Any, memory: Memory, machine: Machine, share: int) -> None:
+    """Count a larger micro-batch that `memory` would propose in a pass of its own, where this machine has room for it.
+
+    The longest rows of many are not all as long as those of few, and in SFT they have fewer places that are scored.
+    """
+    tried = {memory.rows}
+    while memory.seen is not None and (best := fitting(memory, machine.limit, share) or 0) > memory.rows:
+        if best in tried or memory.peak(best, best < share) > HEADROOM * available(trainer.args.device):
+            return
+        found = passed(trainer, best)
+        memory.kept = Line.through((memory.rows, memory.kept(memory.rows)), (best, found.kept))
+        memory.passing = Line.through((memory.rows, memory.passing(memory.rows)), (best, found.peak))
+        tried.add(best)
 
 
 def passed(trainer: Any, rows: int) -> Passed:
