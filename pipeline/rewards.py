@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from pipeline.errors import UserError
 from pipeline.model.hardware import use_bf16
-from pipeline.model.load import fit_embeddings, load_reward
+from pipeline.model.load import fit_embeddings, keep_products_in_bf16, load_reward
 from pipeline.model.shared import reward_on
 from pipeline.text.lengths import Reader, positions_of
 from pipeline.text.tokenizer import load_tokenizer, scored_ids
@@ -72,6 +72,8 @@ class RewardModel:
         if config.num_labels != 1:
             raise UserError(f"{path} is a classifier with {config.num_labels} labels; a reward needs one")
         fit_embeddings(self.model, self.tokenizer, self.path)
+        if self.bf16 and base is None:  # a base that is given is others' too
+            keep_products_in_bf16(self.model)
         self.mean, self.std = getattr(config, "reward_mean", 0.0), getattr(config, "reward_std", 1.0)
         if not all(isinstance(x, int | float) and math.isfinite(x) for x in (self.mean, self.std)) or self.std <= 0:
             raise UserError(

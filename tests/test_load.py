@@ -20,11 +20,15 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2ForSequenceClassification,
+    Qwen3Config,
 )
 
 from pipeline.errors import UserError
-from pipeline.model.load import load_critic, load_policy
+from pipeline.model.gpt import GPTForCausalLM
+from pipeline.model.load import keep_products_in_bf16, load_critic, load_policy
 from pipeline.model.lora import add_lora, trained_weights
+from pipeline.model.memory import weight_bytes
+from pipeline.model.sampler import generate
 
 COMMON = {
     "vocab_size": 16,
@@ -179,3 +183,56 @@ def test_lora_is_saved_merged_with_the_adapter_beside_it(tmp_path, name):
         torch.testing.assert_close(values(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-4)
     adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     assert adapter and all("lora_" in key for key in adapter)
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, Qwen2Config, Qwen3Config])
+@pytest.mark.parametrize("padding", ["none", "left"])  # the second leaves the hand-written halves of a block
+def test_products_kept_in_bf16_change_no_bit_under_autocast(kind, padding):
+    """Heads of 8: 1/√8, which is no power of two, goes into the queries' matrix before it is cast."""
+    torch.manual_seed(0)
+    model = GPTForCausalLM(kind(**COMMON, **LLAMA, head_dim=8)).requires_grad_(False).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_()
+    ids, mask = torch.randint(2, 16, (3, 7)), torch.ones(3, 7, dtype=torch.long)
+    if padding == "left":
+        mask[1, :3] = 0
+    before = weight_bytes(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(input_ids=ids, attention_mask=mask).logits
+        sampled = generate(model, ids.tolist(), max_new_tokens=5, temperature=0, eos_token_id=[-1], pad_token_id=0)
+        keep_products_in_bf16(model)
+        torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits, expected, rtol=0, atol=0)
+        again = generate(model, ids.tolist(), max_new_tokens=5, temperature=0, eos_token_id=[-1], pad_token_id=0)
+    assert torch.equal(sampled.logprobs, again.logprobs)
+    kept = [p for n, p in model.named_parameters() if p.dtype == torch.bfloat16]
+    assert weight_bytes(model) == before - 2 * sum(p.numel() for p in kept)
+    blocks = [n for n, p in model.named_parameters() if n.endswith("proj.weight") and p.dtype == torch.float32]
+    assert blocks == [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(2)]
+
+
+def test_a_reference_kept_in_bf16_trains_the_same_policy(tmp_path):
+    """A copy that PPO makes is kept in bf16, one that is given is not: every figure and weight is the same."""
+    made = {}
+    for name, reference in (("copy", None), ("given", policy())):
+        made[name] = trainer(tmp_path / name, mixed_precision="bf16", reference=reference, total_episodes=16)
+        made[name].train()
+    assert any(row["objective/kl"] for row in made["copy"].rows)
+    copy, given = (
+        [{name: value for name, value in row.items() if "/" in name and "time/" not in name} for row in each.rows]
+        for each in made.values()
+    )
+    assert copy == given and len(copy) == 2
+    assert same(weights(made["copy"].models.policy), weights(made["given"].models.policy))
+    halved = {name: torch.bfloat16 in kinds_of(each.models.reference) for name, each in made.items()}
+    assert halved == {"copy": True, "given": False}
+    assert kinds_of(made["copy"].models.policy) == {torch.float32}
+
+
+@pytest.mark.parametrize("changes", [{"mixed_precision": "no"}, {"mixed_precision": "bf16", "ref_sync_updates": 1}])
+def test_a_reference_that_is_read_in_fp32_or_renewed_stays_in_fp32(tmp_path, changes):
+    assert kinds_of(trainer(tmp_path, **changes).models.reference) == {torch.float32}
+
+
+def kinds_of(model):
+    return {p.dtype for p in model.parameters()}

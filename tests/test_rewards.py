@@ -11,6 +11,7 @@ from ppo_tools import config, count_t7, critic, policy, same, tokenizer, trainer
 from transformers import BertConfig, BertForSequenceClassification, Qwen3ForSequenceClassification
 
 from pipeline.errors import UserError
+from pipeline.model.memory import weight_bytes
 from pipeline.ppo.algorithm import add_to_moments, scale_scores
 from pipeline.rewards import Ensemble, RewardModel, WeightedRewards, is_function_name, load_rewards, reward_names
 
@@ -497,3 +498,12 @@ def test_a_judge_that_stays_away_costs_no_update(pauses, tmp_path):
 def test_weights_are_finite_numbers(functions):
     with pytest.raises(UserError, match="reward_weights: nan must be finite"):
         load_rewards(["some_rewards:length"], [float("nan")])
+
+
+def test_matrices_kept_in_bf16_change_no_score(tmp_path, monkeypatch):
+    path = saved(tmp_path)
+    halved = RewardModel(path, mixed_precision="bf16")
+    monkeypatch.setattr("pipeline.rewards.keep_products_in_bf16", lambda model: None)
+    whole = RewardModel(path, mixed_precision="bf16")
+    assert weight_bytes(halved.model) < weight_bytes(whole.model)
+    assert halved(TALK, ANSWERS) == whole(TALK, ANSWERS)

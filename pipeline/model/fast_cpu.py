@@ -272,11 +272,16 @@ def can_run(block: Any, x: Tensor) -> bool:
         and x.shape[1] <= LONGEST
         and not torch.compiler.is_compiling()
         and not (attention.dropout and block.training)
-        and all(type(part) is nn.Linear and part.weight.dtype == x.dtype for part in linears)
+        and all(type(part) is nn.Linear and (part.weight.dtype == x.dtype or is_frozen_bf16(part)) for part in linears)
         and all(part.bias is None for part in linears[3:])  # queries, keys and values may have biases
         and (norms == {type(block.input_layernorm)} or norms == {nn.Identity})
         and not any(part._forward_hooks or part._forward_pre_hooks for part in block.modules() if part is not block)
     )
+
+
+def is_frozen_bf16(part: nn.Linear) -> bool:
+    """Whether a matrix is kept as load.keep_products_in_bf16 keeps it."""
+    return part.weight.dtype == torch.bfloat16 and not part.weight.requires_grad
 
 
 def run(block: Any, x: Tensor, angles: tuple[Tensor, Tensor], keep: Tensor | None = None) -> Tensor:

@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from pipeline.errors import UserError
 from pipeline.model.family import why_not_ours
-from pipeline.model.gpt import GPTForCausalLM, GPTForSequenceClassification, GPTModel
+from pipeline.model.fast_cpu import projections
+from pipeline.model.gpt import Block, GPTForCausalLM, GPTForSequenceClassification, GPTModel
 from pipeline.model.lora import without_wrapper
 from pipeline.text.sources import is_local
 from pipeline.text.tokenizer import ADAPTER, base_of_adapter, cannot_open, check_fits
@@ -120,6 +121,19 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: Any, path: str) -> None:
     if len(tokenizer) == size + 1 and tokenizer.pad_token_id == size:
         model.resize_token_embeddings(len(tokenizer))
     check_fits(tokenizer, model.config.get_text_config().vocab_size, path)
+
+
+def keep_products_in_bf16(model: nn.Module) -> None:
+    """Keep the matrices of a frozen GPT's blocks in bf16, in half of the memory: bf16 autocast reads them so anyway.
+
+    Under it every result stays the same to the bit. Embedding, norms and heads stay as they are, and queries too, which
+    fast_cpu.py scales before it casts. Other classes than our GPT are left alone: they may compute with their weights.
+    """
+    for block in model.modules():
+        if isinstance(block, Block):
+            for part in (*projections(block.self_attn)[1:], *block.mlp.children()):
+                if part.weight.dtype == torch.float32:
+                    part.requires_grad_(False).to(torch.bfloat16)
 
 
 def parameter_count(model: nn.Module) -> int:

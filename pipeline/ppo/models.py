@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import UserError
+from pipeline.model.load import keep_products_in_bf16
 from pipeline.model.lora import is_lora, without_wrapper
 from pipeline.ppo.advantages import ESTIMATORS
 from pipeline.ppo.algorithm import length_mask
@@ -83,6 +84,12 @@ def follow_models(models: Models, prompts: list[list[int]], device: torch.device
         f"{max(gaps[name] for name in names):.2g} nats a token, so they are taken from the model's own forward pass, "
         "which takes more time and memory"
     ]
+
+
+def halve_reference(models: Models, args: PPOConfig) -> None:
+    """Keep the reference's matrices in bf16, in which autocast reads them, where it is a copy that stays as it is."""
+    if not args.ref_sync_updates and not is_lora(models.policy):
+        keep_products_in_bf16(models.reference)
 
 
 def check_models(

@@ -33,7 +33,14 @@ from pipeline.ppo.inputs import as_list, as_numbers, check_kinds
 from pipeline.ppo.learner import Learner
 from pipeline.ppo.longest import memory_told, rehearse
 from pipeline.ppo.metrics import zero_std_share
-from pipeline.ppo.models import build_models, check_models, embedding_count, end_tokens_of, follow_models
+from pipeline.ppo.models import (
+    build_models,
+    check_models,
+    embedding_count,
+    end_tokens_of,
+    follow_models,
+    halve_reference,
+)
 from pipeline.ppo.recorder import Prints, Recorder
 from pipeline.ppo.rollout import (
     SAMPLING,
@@ -117,6 +124,8 @@ class PPOTrainer:
         self.models = build_models(policy, reference, critic, args, accelerator.device)
         for sentence in follow_models(self.models, self.prompts.ids[:4], accelerator.device):
             self.recorder.say(sentence)
+        if reference is None and accelerator.mixed_precision == "bf16":
+            halve_reference(self.models, args)
         self.learner = Learner(self.models, args, accelerator, ptx)
         self.evaluator: Evaluator | None = None
         if held_out is not None:
