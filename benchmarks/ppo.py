@@ -101,6 +101,7 @@ def ours(mode: str, updates: int, shape: dict[str, Any], trunk: bool = False) ->
 
     with tempfile.TemporaryDirectory() as folder:
         reward.save_pretrained(folder)
+        del reward  # it is read again: four networks, as the peer has
         tokenizer.save_pretrained(folder)
         args = PPOConfig(
             output_dir=folder,

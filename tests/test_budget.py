@@ -9,6 +9,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import test_preview
@@ -27,9 +28,11 @@ from pipeline.model.memory import (
     Passed,
     gradient_bytes,
     is_out_of_memory,
+    make_moments,
     measured,
     moment_bytes,
     peak_of,
+    stand_ins,
     trained_count,
     weight_bytes,
 )
@@ -332,6 +335,41 @@ def test_the_rehearsal_leaves_no_trace(ready, stage, tmp_path, monkeypatch) -> N
     lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("with", "without")]
     strip = [re.sub(r'"(time|seconds_left|memory_mb)": [\d.]+', "", text) for text in lines]
     assert strip[0] == strip[1]
+
+
+@pytest.mark.parametrize("kind", ["fused", "plain", "muon"])
+def test_moments_made_early_are_those_of_the_first_step(kind: str) -> None:
+    """Weights and the whole state after three steps, to the bit; what cannot be made early has stand-ins."""
+
+    def optimizer_of(model: Any) -> Any:
+        if kind == "muon":
+            return MuonFactory()(model, muon_learning_rate=0.1, learning_rate=0.01, weight_decay=0.1, adam_beta2=0.99)
+        return torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1, fused=kind == "fused")
+
+    ended = []
+    for early in (True, False):
+        model = tiny_policy(0)
+        optimizer = optimizer_of(model)
+        if early:
+            make_moments(optimizer)
+            left = sum(tensor.numel() for tensor in stand_ins(optimizer))
+            hidden = sum(p.numel() for g in optimizer.param_groups if g.get("use_muon") for p in g["params"])
+            assert left == hidden and (hidden > 0) == (kind == "muon")
+            assert len(stand_ins(optimizer, copies=1)) >= len(list(model.parameters()))
+        for step in range(3):
+            ids = torch.arange(5)[None] + step
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ended.append((dict(model.named_parameters()), optimizer.state_dict()["state"]))
+    (weights, states), (other_weights, other_states) = ended
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+    assert states.keys() == other_states.keys()
+    for number, state in states.items():
+        assert list(state) == list(other_states[number])
+        for name, value in state.items():
+            expected = other_states[number][name]
+            assert value.dtype == expected.dtype and value.device == expected.device and torch.equal(value, expected)
 
 
 def test_the_rehearsal_draws_no_random_number_of_the_training() -> None:

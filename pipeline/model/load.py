@@ -134,6 +134,8 @@ def keep_products_in_bf16(model: nn.Module) -> None:
             for part in (*projections(block.self_attn)[1:], *block.mlp.children()):
                 if part.weight.dtype == torch.float32:
                     part.requires_grad_(False).to(torch.bfloat16)
+    for parameter in model.parameters():  # a single one that lies in the file it was read from keeps all of it mapped
+        parameter.data = parameter.data.clone()
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.model.memory import is_out_of_memory, stand_ins
+from pipeline.model.memory import is_out_of_memory, make_moments, stand_ins
 from pipeline.ppo.config import PPOConfig
 from pipeline.ppo.learner import Learner, LossFunction, Network
 from pipeline.ppo.metrics import MetricSums
@@ -45,6 +45,8 @@ def passes(learner: Learner, rollout: Rollout) -> Iterator[tuple[Network, LossFu
 
 def rehearse(learner: Learner, prompts: Prompts) -> None:
     """One micro-batch of the longest rows, beside memory of the size that the optimizers will take; nothing stays."""
+    for optimizer in learner.optimizers.values():
+        make_moments(optimizer)
     # DistributedDataParallel sums gradients in buckets, which are another copy of them
     reserved = [stand_ins(optimizer, copies=int(learner.world > 1)) for optimizer in learner.optimizers.values()]
     count = min(learner.args.per_device_train_batch_size, learner.args.batch_size // learner.world)

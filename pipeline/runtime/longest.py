@@ -15,7 +15,7 @@ import torch
 from transformers import Trainer
 
 from pipeline.errors import UserError
-from pipeline.model.memory import is_out_of_memory, stand_ins
+from pipeline.model.memory import is_out_of_memory, make_moments, stand_ins
 from pipeline.runtime.arguments import TrainingFields
 from pipeline.runtime.console import processes
 from pipeline.runtime.record import Stage
@@ -54,15 +54,13 @@ def rehearse(trainer: Trainer, sums: Sequence[str]) -> None:
     `sums` are attributes in which the trainer adds figures up. Not under FSDP or DeepSpeed, whose models are sharded
     only when training begins.
     """
-    lengths = lengths_of(trainer.train_dataset)
-    if (
-        lengths is None
-        or np.median(lengths) == lengths.max()
-        or trainer.is_fsdp_enabled
-        or trainer.is_deepspeed_enabled
-    ):
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return
     optimizer = trainer.create_optimizer()
+    make_moments(optimizer)
+    lengths = lengths_of(trainer.train_dataset)
+    if lengths is None or np.median(lengths) == lengths.max():
+        return
     # DistributedDataParallel sums gradients in buckets, which are another copy of them
     reserved = stand_ins(optimizer, copies=int(processes() > 1))
     pass_over(trainer, longest_rows(trainer.train_dataset, trainer.args.per_device_train_batch_size), sums)

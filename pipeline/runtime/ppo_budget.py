@@ -16,6 +16,7 @@ from pipeline.model.memory import (
     available,
     gradient_bytes,
     is_out_of_memory,
+    make_moments,
     measured,
     moment_bytes,
     trained_count,
@@ -150,6 +151,8 @@ def run_share(trainer: PPOTrainer, args: PPOConfig, memory: Memory, machine: Mac
     own.batch_size, own.num_mini_batches, own.num_ppo_epochs, own.target_kl = share, 1, 1, None
     own.response_length = 2
     try:
+        for optimizer in trainer.learner.optimizers.values():
+            make_moments(optimizer)
         trainer.sample(update)  # the first call sets up
         own.response_length = args.response_length
         start = time.perf_counter()
@@ -157,7 +160,7 @@ def run_share(trainer: PPOTrainer, args: PPOConfig, memory: Memory, machine: Mac
         sampled = trainer.learner.clock()
         trainer.learner.estimate(rollout, update, args.kl_coef)
         estimated = trainer.learner.clock()
-        trainer.learner.update(rollout, update)  # makes the moments
+        trainer.learner.update(rollout, update)  # sets up
         own.num_ppo_epochs = STEPS
         begun = trainer.learner.clock()
         trainer.learner.update(rollout, update)

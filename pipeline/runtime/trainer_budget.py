@@ -17,6 +17,7 @@ from pipeline.model.memory import (
     available,
     gradient_bytes,
     is_out_of_memory,
+    make_moments,
     measured,
     moment_bytes,
     trained_count,
@@ -167,6 +168,7 @@ def run_steps(trainer: Any, memory: Memory, limit: float) -> Timed:
 def taken(trainer: Any, memory: Memory) -> Timed:
     """As a run begins: the longest rows, then steps, then a share of an evaluation."""
     args, steps = trainer.args, StepClock()
+    make_moments(trainer.create_optimizer())
     if memory.rows > 2:
         longest = passed(trainer, memory.rows)
         memory.kept = Line.through((1, memory.kept(1)), (memory.rows, longest.kept))
