@@ -3,6 +3,7 @@
 import math
 import statistics
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -502,7 +503,8 @@ def test_weights_are_finite_numbers(functions):
 
 def test_matrices_kept_in_bf16_change_no_score(tmp_path, monkeypatch):
     path = saved(tmp_path)
-    halved = RewardModel(path, mixed_precision="bf16")
+    halved, maps = RewardModel(path, mixed_precision="bf16"), Path("/proc/self/maps")
+    assert not maps.exists() or str(path) not in maps.read_text()  # nor does it lie in the file
     monkeypatch.setattr("pipeline.rewards.keep_products_in_bf16", lambda model: None)
     whole = RewardModel(path, mixed_precision="bf16")
     assert weight_bytes(halved.model) < weight_bytes(whole.model)

@@ -129,12 +129,13 @@ def keep_products_in_bf16(model: nn.Module) -> None:
     Under it every result stays the same to the bit. Embedding, norms and heads stay as they are, and queries too, which
     fast_cpu.py scales before it casts. Other classes than our GPT are left alone: they may compute with their weights.
     """
-    for block in model.modules():
-        if isinstance(block, Block):
-            for part in (*projections(block.self_attn)[1:], *block.mlp.children()):
-                if part.weight.dtype == torch.float32:
-                    part.requires_grad_(False).to(torch.bfloat16)
-    for parameter in model.parameters():  # a single one that lies in the file it was read from keeps all of it mapped
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for block in blocks:
+        for part in (*projections(block.self_attn)[1:], *block.mlp.children()):
+            if part.weight.dtype == torch.float32:
+                part.to(torch.bfloat16)
+    # A single parameter that lies in the file it was read from keeps the whole file in memory
+    for parameter in model.parameters() if blocks else ():
         parameter.data = parameter.data.clone()
 
 

@@ -44,7 +44,7 @@ def passes(learner: Learner, rollout: Rollout) -> Iterator[tuple[Network, LossFu
 
 
 def rehearse(learner: Learner, prompts: Prompts) -> None:
-    """One micro-batch of the longest rows, beside memory of the size that the optimizers will take; nothing stays."""
+    """One micro-batch of the longest rows, beside what the optimizers take; of all this only AdamW's moments stay."""
     for optimizer in learner.optimizers.values():
         make_moments(optimizer)
     # DistributedDataParallel sums gradients in buckets, which are another copy of them
