@@ -1,8 +1,8 @@
 """The longest rows first, so that a run without enough memory ends in its first minute, and says what to lower.
 
 Before training begins, one micro-batch of the longest rows there are goes through forward and backward pass, beside
-AdamW's moments and memory of the size of what else the optimizer will take. The moments stay, all zero; nothing else does:
-no gradient, no random number, no figure.
+AdamW's moments and memory of the size of what else the optimizer will take. The moments stay, all zero;
+nothing else does: no gradient, no random number, no figure.
 """
 
 import contextlib
